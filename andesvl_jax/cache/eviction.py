@@ -1,0 +1,144 @@
+"""KV eviction: a scorer says how much each slot of a layer matters; the best stay in a smaller cache of static shape.
+
+A policy is a pure function score(view) -> float32 [B, K, C], higher = keep. The project's "okv" is its own algorithm: what
+AndesVL calls OKV is unpublished (arXiv 2510.11496 gives its name and no formula).
+
+B batch rows, N query heads, K kv heads, G = N / K, C cache slots, H head width, W observed queries.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from andesvl_jax.errors import UserError
+
+STORE_FACTOR = 1.25  # slots per head of the rectangular store, in budgets, when heads may differ in what they keep
+HEAD_SHARE = 0.2  # of the budget that every head keeps in any case (Ada-KV's alpha)
+SNAPKV_KERNEL = 5
+
+
+@struct.dataclass
+class LayerView:
+    """What a scorer sees of one layer. keys, values: [B, K, C, H]; positions: int32 [B, K, C], -1 = empty; weights: float32
+    [B, K, G, W, C], attention of the last W queries, 0 where a row has fewer; query_positions: int32 [B, W], -1 = none;
+    output: float32 [K, G, H, H], Gram matrix W_o W_o^T of each query head's rows of the output projection."""
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    weights: jax.Array
+    query_positions: jax.Array
+    output: jax.Array
+
+
+def streaming(view: LayerView) -> jax.Array:
+    """StreamingLLM (2309.17453): the most recent tokens; sinks are protected by `select`. Original positions are kept."""
+    return view.positions.astype(jnp.float32)
+
+
+def snapkv(view: LayerView) -> jax.Array:
+    """SnapKV (2404.14469) as kvpress computes it: attention of the last W queries on earlier keys, averaged over them,
+    average-pooled over 5 slots, averaged over the query heads of a group."""
+    observed = jnp.maximum((view.query_positions >= 0).sum(-1), 1)
+    window = view.query_positions[:, None, :, None] == view.positions[:, :, None]
+    earlier = jnp.where(window.any(2), 0.0, (view.weights.sum(3) / observed[:, None, None, None]).mean(2))
+    return _average_pool(earlier, SNAPKV_KERNEL)
+
+
+def okv(view: LayerView) -> jax.Array:
+    """Output-aware one-pass score: the squared change of the layer's output, were this slot alone left out.
+
+    Leaving key j out of query i's softmax moves head output o_i to (o_i - p_ij v_j) / (1 - p_ij), a change of
+    p_ij / (1 - p_ij) (o_i - v_j). Its squared norm after the output projection, summed over the observed queries and the
+    heads of the group, is comparable across heads, so one budget can be split between them. Needs no second pass.
+    """
+    p = view.weights
+    values = view.values.astype(jnp.float32)
+    outputs = jnp.einsum("bkgwc,bkch->bkgwh", p, values)
+    projected = jnp.einsum("bkgwh,kghi->bkgwi", outputs, view.output)
+    of_values = jnp.einsum("bkch,kghi,bkci->bkgc", values, view.output, values)
+    of_outputs = jnp.einsum("bkgwh,bkgwh->bkgw", projected, outputs)
+    cross = jnp.einsum("bkgwi,bkci->bkgwc", projected, values)
+    distance = jnp.maximum(of_values[:, :, :, None] - 2 * cross + of_outputs[..., None], 0.0)
+    odds = p / jnp.maximum(1.0 - p, 1e-3)
+    return jnp.einsum("bkgwc,bkgwc->bkc", jnp.square(odds), distance)
+
+
+POLICIES: dict[str, Callable[[LayerView], jax.Array]] = {"okv": okv, "snapkv": snapkv, "streaming": streaming}
+HEAD_ADAPTIVE = {"okv"}  # scores that are comparable across heads
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """How much of the cache stays after a prefill: `budget` is a fraction of each row's prompt (float) or slots (int)."""
+
+    policy: str = "okv"
+    budget: float | int = 0.5
+    window: int = 16  # last queries whose attention is observed; their keys stay
+    sinks: int = 4  # first tokens, which stay
+
+    def __post_init__(self):
+        if self.policy not in POLICIES:
+            raise UserError(f"kv_policy is {self.policy!r}, expected one of {', '.join(POLICIES)}.")
+        if not (0 < self.budget <= 1 if isinstance(self.budget, float) else self.budget >= 1):
+            raise UserError(f"kv_budget is {self.budget}, expected a fraction in (0, 1] or at least 1 slot.")
+
+    def kept(self, length):
+        """int32 [B]: slots per head that stay, on average over the heads, of prompts of this length [B]."""
+        if isinstance(self.budget, float):
+            return jnp.ceil(length * self.budget).astype(jnp.int32)
+        return jnp.minimum(length, self.budget)
+
+    def slots(self, width: int) -> int:
+        """Slots allocated per head for prompts in a bucket of `width`: never more than the prompt has."""
+        kept = math.ceil(width * self.budget) if isinstance(self.budget, float) else self.budget
+        return min(width, math.ceil(kept * STORE_FACTOR) if self.policy in HEAD_ADAPTIVE else kept)
+
+
+def evict_layer(view: LayerView, length, eviction: Eviction) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """keys and values [B, K, C', H] and positions [B, K, C'] of the slots that stay, in their old order; the rest is empty.
+
+    Args:
+      length: int32 [B], tokens of each row's prompt.
+    """
+    slots = eviction.slots(view.positions.shape[-1])
+    keep = select(view, POLICIES[eviction.policy](view), length, eviction, slots)
+    size = keep.shape[-1]
+    order = jnp.where(keep, size - jnp.arange(size), 0)  # top_k of this picks the kept slots, earliest first
+    rank, index = jax.lax.top_k(order, slots)
+    gather = lambda x: jnp.take_along_axis(x, index[..., None], axis=2)  # noqa: E731
+    positions = jnp.where(rank > 0, jnp.take_along_axis(view.positions, index, axis=2), -1)
+    return gather(view.keys), gather(view.values), positions
+
+
+def select(view: LayerView, scores: jax.Array, length, eviction: Eviction, slots: int) -> jax.Array:
+    """bool [B, K, C]: what stays. Sinks and the observation window come first, then the highest scores."""
+    positions, recent = view.positions, length[:, None, None] - eviction.window
+    ceiling = 2.0 * jnp.max(jnp.abs(scores)) + 1.0
+    scores = jnp.where(positions >= recent, ceiling * 2 + positions, scores)  # too small a budget keeps the latest of them
+    scores = jnp.where((positions >= 0) & (positions < eviction.sinks), jnp.inf, scores)
+    scores = jnp.where(positions < 0, -jnp.inf, scores)
+    budget = eviction.kept(length)[:, None, None]
+    within = _rank(scores)
+    if eviction.policy not in HEAD_ADAPTIVE:
+        return (within < budget) & (positions >= 0)
+    share = jnp.ceil(budget * HEAD_SHARE).astype(jnp.int32)
+    eligible = jnp.where(within < share, jnp.inf, jnp.where(within < slots, scores, -jnp.inf))
+    rows, heads, size = scores.shape
+    across = _rank(eligible.reshape(rows, 1, heads * size)).reshape(scores.shape)
+    return (across < budget * heads) & (within < slots) & (positions >= 0)
+
+
+def _rank(scores: jax.Array) -> jax.Array:
+    """int32, 0 = highest along the last axis; equal scores rank in slot order."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1)
+
+
+def _average_pool(x: jax.Array, kernel: int) -> jax.Array:
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(kernel // 2, kernel // 2)])
+    return sum(padded[..., i : i + x.shape[-1]] for i in range(kernel)) / kernel

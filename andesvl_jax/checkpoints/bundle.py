@@ -1,0 +1,35 @@
+"""What a checkpoint directory holds, as one value."""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from andesvl_jax.config import AndesVLConfig
+from andesvl_jax.inputs.image import ImageProcessor
+from andesvl_jax.inputs.tokenizer import Tokenizer
+from andesvl_jax.model.andesvl import AndesVL, for_decoding
+
+# generation_config.json of the releases, where a directory has none
+RELEASED_GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    config: AndesVLConfig
+    params: AndesVL
+    tokenizer: Tokenizer | None
+    image_processor: ImageProcessor
+    generation_config: dict[str, Any] = field(default_factory=lambda: dict(RELEASED_GENERATION))
+
+    @functools.cached_property
+    def decoding_params(self) -> AndesVL:
+        """The parameters in the layout that decodes fastest on this backend, made once."""
+        return for_decoding(self.params)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` of the generation config; the tokenizer's end of turn where it names none."""
+        eos = self.generation_config.get("eos_token_id")
+        if eos is None:
+            return () if self.tokenizer is None else (self.tokenizer.im_end_id,)
+        return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)

@@ -1,0 +1,54 @@
+"""What a task renderer returns, and the rule that keeps validation content out of training.
+
+The split is decided by content (what a picture shows), never by seed: a string of letters, a scene or a chart that
+hashes into validation is drawn in validation only, whatever its font, colours or background.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+VALIDATION_SHARE = 0.1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; `task` names the row of the results table it is scored in."""
+
+    task: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """Pictures (uint8 [height, width, 3]), the turns asked about them, and the canonical description of what is shown."""
+
+    images: tuple[np.ndarray, ...]
+    turns: tuple[Turn, ...]
+    content: str
+
+
+def in_validation(content: str) -> bool:
+    """True for the ~10 % of content strings that belong to validation; depends on nothing but the string."""
+    digest = hashlib.sha256(content.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
+
+
+def draw_in_split(draw: Callable[[np.random.Generator], T], describe: Callable[[T], str],
+                  rng: np.random.Generator, split: str) -> tuple[T, str]:
+    """Draw until the content falls in `split`; returns what was drawn and its description."""
+    while True:
+        drawn = draw(rng)
+        content = describe(drawn)
+        if in_validation(content) == (split == "validation"):
+            return drawn, content
+
+
+def pick(rng: np.random.Generator, choices: Sequence[Any]) -> Any:
+    """One element, uniformly; several times faster than `rng.choice` on a short sequence."""
+    return choices[int(rng.integers(len(choices)))]

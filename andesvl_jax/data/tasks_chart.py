@@ -1,0 +1,101 @@
+"""Bar charts: the value of a bar, and which bar is the tallest or the shortest.
+
+The content is the sorted list of (colour, value); the order of the bars, the numbers above them and the looks are free.
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from andesvl_jax.data.drawing import COLOURS, background, jittered, neutral, picture_size, pixels, stamp, text_mask
+from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
+
+VALUE_WORDINGS = (
+    "What is the value of the {colour} bar?",
+    "How high is the {colour} bar?",
+    "Read the value of the {colour} bar.",
+    "Which value does the {colour} bar have?",
+    "What number does the {colour} bar show?",
+)
+TALLEST_WORDINGS = (
+    "Which bar is the tallest?",
+    "What colour is the tallest bar?",
+    "Which bar has the largest value?",
+    "Name the highest bar.",
+    "Which colour has the highest value?",
+)
+SHORTEST_WORDINGS = (
+    "Which bar is the shortest?",
+    "What colour is the shortest bar?",
+    "Which bar has the smallest value?",
+    "Name the lowest bar.",
+    "Which colour has the lowest value?",
+)
+WORDINGS = {"chart": VALUE_WORDINGS + TALLEST_WORDINGS + SHORTEST_WORDINGS}
+BARS = 4
+VALUES = tuple(range(10, 100, 10))
+TOP_OF_AXIS = 100
+SIZES = ((4, 3), (4, 3), (3, 3), (3, 4))  # visual tokens across and down
+TICKS = (0, 50, 100)
+FONT = "DejaVuSans"
+
+
+def draw_chart(rng: np.random.Generator) -> tuple[tuple[str, int], ...]:
+    """Four bars (colour, value) of different colours, from left to right."""
+    names = tuple(COLOURS)
+    colours = rng.permutation(len(names))[:BARS].tolist()
+    values = rng.integers(len(VALUES), size=BARS).tolist()
+    return tuple((names[colour], VALUES[value]) for colour, value in zip(colours, values, strict=True))
+
+
+def describe(bars: tuple[tuple[str, int], ...]) -> str:
+    """Canonical content of a chart."""
+    return "chart " + "; ".join(f"{colour} {value}" for colour, value in sorted(bars))
+
+
+def paint(rng: np.random.Generator, image: Image.Image, bars: tuple[tuple[str, int], ...]) -> None:
+    """Axis with ticks and grid lines, and the bars, with or without their values written above."""
+    draw = ImageDraw.Draw(image)
+    light = sum(image.getpixel((0, 0))) > 3 * 128
+    ink = (30, 30, 30) if light else (235, 235, 235)
+    grid = (165, 165, 165) if light else (95, 95, 95)
+    left, right = 20, image.width - int(rng.integers(2, 6))
+    top, base = int(rng.integers(9, 14)), image.height - int(rng.integers(5, 9))
+    for tick in TICKS:
+        y = base - (base - top) * tick // TOP_OF_AXIS
+        draw.line((left, y, right, y), fill=ink if tick == 0 else grid)
+        mask = text_mask(str(tick), FONT, 8)
+        stamp(image, mask, ink, left - 2 - mask.width, y - mask.height // 2)
+    draw.line((left, top, left, base), fill=ink)
+    pitch = (right - left - 2) / BARS
+    bar_width = int(pitch * rng.uniform(0.62, 0.9))
+    written = rng.random() < 0.5
+    for index, (colour, value) in enumerate(bars):
+        x = left + 2 + int(pitch * index + (pitch - bar_width) / 2)
+        y = base - round((base - top) * value / TOP_OF_AXIS)
+        draw.rectangle((x, y, x + bar_width - 1, base - 1), fill=jittered(rng, COLOURS[colour]))
+        if written:
+            mask = text_mask(str(value), FONT, 9)
+            stamp(image, mask, ink, x + (bar_width - mask.width) // 2, y - 1 - mask.height)
+
+
+def turns_about(rng: np.random.Generator, bars: tuple[tuple[str, int], ...]) -> list[Turn]:
+    """The values of two bars, and the tallest or shortest bar where there is only one."""
+    turns = []
+    for index in rng.permutation(BARS)[:2].tolist():
+        colour, value = bars[index]
+        turns.append(Turn("chart", pick(rng, VALUE_WORDINGS).format(colour=colour), str(value)))
+    values = [value for _, value in bars]
+    extreme, wordings = (max, TALLEST_WORDINGS) if rng.random() < 0.65 else (min, SHORTEST_WORDINGS)
+    if values.count(extreme(values)) == 1:
+        turns.append(Turn("chart", pick(rng, wordings), bars[values.index(extreme(values))][0]))
+    order = rng.permutation(len(turns)).tolist()
+    return [turns[index] for index in order]
+
+
+def render_chart(rng: np.random.Generator, split: str) -> Example:
+    """One bar chart and its questions."""
+    bars, content = draw_in_split(draw_chart, describe, rng, split)
+    width, height = picture_size(rng, SIZES)
+    image = background(rng, width, height, neutral(rng))
+    paint(rng, image, bars)
+    return Example((pixels(image),), tuple(turns_about(rng, bars)), content)

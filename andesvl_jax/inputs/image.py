@@ -1,0 +1,323 @@
+"""Native-resolution image preprocessing: any picture -> canvas -> normalised patches in 2x2 block order.
+
+The size rule is the one of the released AndesVL checkpoints, quirks included, because the trained position grids depend on
+it: the canvas always grows to the next multiple of the base, even from an exact multiple. Sizes are (width, height), grids
+(rows, columns). All of it runs on the host in NumPy and Pillow.
+"""
+
+import math
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, Mapping
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageOps
+
+from andesvl_jax.config import AIMV2_MEAN, AIMV2_STD, VisionConfig
+from andesvl_jax.errors import UserError
+
+ImageSource = np.ndarray | Image.Image | str | PathLike
+
+MAX_PIXELS = 64_000_000  # above the largest common phone sensor mode (50 MP); 192 MB once decoded to RGB
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # decoded in process; EPS would start Ghostscript
+_FAMILY_STATISTICS = {"aimv2": (AIMV2_MEAN, AIMV2_STD), "siglip2": ((0.5,) * 3, (0.5,) * 3)}
+
+# Steps of HF image processors that this pipeline does not have or always has: accepted at these values alone.
+_FIXED = {
+    "do_resize": False, "do_center_crop": False, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+    "resample": 3, "temporal_patch_size": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """How pictures become patches. Sides in pixels; `mean` and `std` per RGB channel on the 0..1 scale.
+
+    Raises:
+      UserError: a value that no picture could be processed with.
+    """
+
+    patch_size: int
+    merge_size: int = 2
+    mean: tuple[float, float, float] = AIMV2_MEAN
+    std: tuple[float, float, float] = AIMV2_STD
+    max_size: int = 733  # canvases above max_size^2 pixels are scaled down (nominally; the canvas then grows to the base)
+    min_tokens: int = 4  # pictures below min_tokens * base^2 pixels are scaled up
+    max_resolution: int = 4172  # longest side after the first downscale
+
+    def __post_init__(self):
+        for name in ("patch_size", "merge_size", "max_size", "min_tokens", "max_resolution"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise UserError(f"image processor field {name}: found {value!r}, expected a positive whole number.")
+        if self.merge_size != 2:
+            raise UserError(f"image processor field merge_size: found {self.merge_size}, expected 2, the only merge AndesVL has.")
+        if self.max_resolution < self.base:
+            raise UserError(
+                f"image processor field max_resolution: found {self.max_resolution}, expected at least {self.base} pixels, one visual token."
+            )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            numbers = isinstance(values, tuple) and len(values) == 3 and all(_is_finite(v) for v in values)
+            if not numbers or (name == "std" and min(values) <= 0) or (name == "mean" and not 0 <= min(values) <= max(values) <= 1):
+                expected = "three numbers in 0..1" if name == "mean" else "three positive numbers"
+                raise UserError(f"image processor field {name}: found {values!r}, expected {expected}.")
+
+    @property
+    def base(self) -> int:
+        """Side in pixels of the square that becomes one visual token."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """Canvas colour: the mean, so that borders normalise to about zero."""
+        red, green, blue = (int(value * 255) for value in self.mean)
+        return red, green, blue
+
+    def visual_tokens(self, width: int, height: int) -> int:
+        """Visual tokens of a picture of this size. Raises UserError as `plan_size` does."""
+        columns, rows = (side // self.base for side in plan_size(width, height, self).canvas)
+        return rows * columns
+
+    @classmethod
+    def from_hf(
+        cls, raw: Mapping[str, Any], vision: VisionConfig, max_size: int | None = None, source: str = "preprocessor_config.json"
+    ) -> "ImageProcessor":
+        """Reads a parsed `preprocessor_config.json`; the encoder family fills absent statistics.
+
+        Args:
+          raw: the parsed JSON object, `{}` where there is none; `source` names it in errors.
+          vision: the encoder the patches are for; its patch and merge size must be the file's.
+          max_size: overrides the file's value (the releases store none and run at 733; their evaluation at 1792).
+        Raises:
+          UserError: a step or value that this pipeline or this encoder cannot honour.
+        """
+        mean, std = _FAMILY_STATISTICS[vision.family]
+        fixed = _FIXED | {"patch_size": vision.patch_size, "hidden_stride": vision.merge_size}
+        for key, value in fixed.items():
+            if raw.get(key, value) != value:
+                raise UserError(f"{source}: {key} is {raw[key]!r}, expected {value!r} for this {vision.family} encoder.")
+        factor = raw.get("rescale_factor", 1 / 255)
+        if not _is_finite(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+            raise UserError(f"{source}: rescale_factor is {factor!r}, expected 1/255.")
+        optional = {key: raw[key] for key in ("max_size", "min_tokens", "max_resolution") if key in raw}
+        if max_size is not None:
+            optional["max_size"] = max_size
+        try:
+            return cls(
+                patch_size=vision.patch_size, merge_size=vision.merge_size, mean=_as_tuple(raw.get("image_mean", mean)),
+                std=_as_tuple(raw.get("image_std", std)), **optional,
+            )  # fmt: skip
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`: the keys of the releases, plus the size rule's three numbers."""
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            **_FIXED,
+            "rescale_factor": 1 / 255,
+            "crop_size": {"height": -1, "width": -1},
+            "size": {"shortest_edge": -1},
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "patch_size": self.patch_size,
+            "hidden_stride": self.merge_size,
+            "max_size": self.max_size,
+            "min_tokens": self.min_tokens,
+            "max_resolution": self.max_resolution,
+        }
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """Where a picture goes. Every pair is (width, height) in pixels."""
+
+    branch: Literal["pad", "max", "min"]
+    pre: tuple[int, int] | None  # first downscale, of pictures longer than max_resolution
+    new: tuple[int, int]  # size the picture is resized to
+    canvas: tuple[int, int]  # multiples of the base
+    offset: tuple[int, int]  # of the picture's top-left corner on the canvas
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One prepared picture: P = rows * columns patches of side p."""
+
+    canvas: np.ndarray  # uint8 [H, W, 3]
+    patches: np.ndarray  # float32 [P, 3*p*p], 2x2 block order; features channel, row, column
+    coordinates: np.ndarray  # int32 [P, 2], (row, column) of each patch
+    grid: tuple[int, int]  # (rows, columns)
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.patches.shape[0] // 4  # a 2x2 block is one visual token
+
+
+def plan_size(width: int, height: int, processor: ImageProcessor) -> SizePlan:
+    """The size rule of the released preprocessing, in double precision and its exact order of operations.
+
+    Raises:
+      UserError: a side below 1 pixel, more than MAX_PIXELS, or a picture so thin that a side rounds to 0 pixels.
+    """
+    _check_size(width, height, "image")
+    base, cap = processor.base, processor.max_resolution
+    w, h, pre = width, height, None
+    if max(w, h) > cap:
+        scale = cap / max(w, h)
+        w, h = pre = int(w * scale), int(h * scale)
+        _refuse_vanished(pre, width, height)
+    if w * h > processor.max_size**2:
+        branch, (canvas, new) = "max", _fit_area(w, h, processor.max_size, base, cap)
+    elif w * h < base**2 * processor.min_tokens:
+        branch, (canvas, new) = "min", _fit_area(w, h, int(base * math.sqrt(processor.min_tokens)), base, cap)
+    else:
+        branch, (canvas, new) = "pad", _fit_next_multiple(w, h, base)
+    _refuse_vanished(new, width, height)
+    offset = ((canvas[0] - new[0]) // 2, (canvas[1] - new[1]) // 2)
+    return SizePlan(branch, pre, new, canvas, offset)
+
+
+def _fit_area(w: int, h: int, side: int, base: int, cap: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(canvas, new) for a picture rescaled to about side^2 pixels."""
+    ratio = w / h
+    # The released cap 4172 is no multiple of base 32 (SigLIP2) and the original stops there; the canvas takes the multiple below.
+    canvas_cap = cap - cap % base
+
+    def grow(length: float) -> int:
+        capped = max(min(math.floor(length), cap), base)
+        return min(capped + (base - capped % base), canvas_cap)
+
+    canvas = grow(math.sqrt(side**2 * ratio)), grow(math.sqrt(side**2 / ratio))
+    scale = min(canvas[0] / w, canvas[1] / h)
+    return canvas, (round(w * scale), round(h * scale))
+
+
+def _fit_next_multiple(w: int, h: int, base: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(canvas, new) for a picture of an acceptable area; an exact multiple of the base grows by one base, as in the release."""
+    canvas = w + base - w % base, h + base - h % base
+    scale = min(canvas[0] / w, canvas[1] / h)
+    return canvas, (int(w * scale), int(h * scale))
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Any picture as a PIL image of mode RGB, converted as Pillow's `convert("RGB")` does (alpha is dropped).
+
+    Args:
+      source: uint8 array [H, W], [H, W, 3] or [H, W, 4]; PIL image; or the path of a file of one of FORMATS, whose EXIF
+        rotation is applied and of whose frames the first is taken.
+    Raises:
+      UserError: anything else, a damaged file, or more than MAX_PIXELS (refused before decoding).
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "PIL image")
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, (str, PathLike)):
+        return _from_file(Path(source))
+    raise UserError(f"image is of type {type(source).__name__}, expected a uint8 array, a PIL image or a path.")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not shaped:
+        raise UserError(f"image array is {array.dtype} {list(array.shape)}, expected uint8 [height, width, 3].")
+    _check_size(array.shape[1], array.shape[0], "image array")
+    return Image.fromarray(array).convert("RGB")
+
+
+def _from_file(path: Path) -> Image.Image:
+    name = str(path)[:200]
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name too long or with a NUL byte
+        is_file = False
+    if not is_file:
+        raise UserError(f"{name}: no such image file.")
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{name}: the image is too large ({error}); expected at most {MAX_PIXELS:,} pixels.") from error
+    except Exception as error:  # Pillow's header parsers raise many types on damaged files
+        raise UserError(f"{name}: cannot be opened as an image; expected a file of type {', '.join(FORMATS)}.") from error
+    with image:
+        return _to_rgb(image, f"{name} ({image.format})", upright=True)
+
+
+def _to_rgb(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
+    _check_size(*image.size, name)  # the header's size, before anything is decoded
+    try:
+        picture = (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+    except Exception as error:  # and so do its decoders
+        raise UserError(f"{name}: the image data are truncated or damaged ({error}).") from error
+    _check_size(*picture.size, name)
+    return picture
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise UserError(f"{name}: the size is {width}x{height}, expected at least 1x1 pixel.")
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name}: the size is {width}x{height}, expected at most {MAX_PIXELS:,} pixels.")
+
+
+def _refuse_vanished(size: tuple[int, int], width: int, height: int) -> None:
+    if min(size) < 1:
+        raise UserError(f"image of {width}x{height} pixels is too thin: scaled down it would be {size[0]}x{size[1]}; crop it first.")
+
+
+def to_canvas(image: ImageSource, processor: ImageProcessor) -> np.ndarray:
+    """The picture resized (bicubic, antialiased) and centred on a canvas of the mean colour: uint8 [H, W, 3].
+
+    Raises UserError as `open_image` and `plan_size` do.
+    """
+    picture = open_image(image)
+    plan = plan_size(*picture.size, processor)
+    if plan.pre is not None:  # resampled twice, as in the release
+        picture = picture.resize(plan.pre, Image.Resampling.BICUBIC)
+    picture = picture.resize(plan.new, Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", plan.canvas, processor.background)
+    canvas.paste(picture, plan.offset)
+    return np.array(canvas)
+
+
+def patchify(canvas: np.ndarray, processor: ImageProcessor) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Normalised patches of a canvas, in 2x2 block order: blocks row-major, inside a block top-left, top-right, bottom-left, bottom-right.
+
+    Args:
+      canvas: uint8 [H, W, 3], both sides multiples of the base.
+    Returns:
+      patches float32 [P, 3*p*p] with features in order channel, row, column; coordinates int32 [P, 2] as (row, column);
+      grid (rows, columns).
+    Raises:
+      UserError: another dtype or shape.
+    """
+    base = processor.base
+    if canvas.dtype != np.uint8 or canvas.ndim != 3 or canvas.shape[2] != 3 or canvas.shape[0] % base or canvas.shape[1] % base:
+        raise UserError(f"canvas is {canvas.dtype} {list(canvas.shape)}, expected uint8 [H, W, 3] with H and W multiples of {base}.")
+    p, m = processor.patch_size, processor.merge_size
+    rows, columns = canvas.shape[0] // p, canvas.shape[1] // p
+    pixels = rearrange(canvas, "(hb i ph) (wb j pw) c -> (hb wb i j) c (ph pw)", i=m, ph=p, j=m, pw=p)
+    values = pixels.astype(np.float32)
+    values /= np.float32(255)
+    values -= np.asarray(processor.mean, np.float32)[:, None]
+    values /= np.asarray(processor.std, np.float32)[:, None]
+    raster = np.indices((rows, columns), dtype=np.int32)
+    coordinates = rearrange(raster, "rc (hb i) (wb j) -> (hb wb i j) rc", i=m, j=m)
+    return values.reshape(rows * columns, 3 * p * p), np.ascontiguousarray(coordinates), (rows, columns)
+
+
+def prepare_image(image: ImageSource, processor: ImageProcessor) -> Patches:
+    """A picture as the encoder takes it. Raises UserError as `open_image` and `plan_size` do."""
+    canvas = to_canvas(image, processor)
+    return Patches(canvas, *patchify(canvas, processor))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_tuple(values: Any) -> Any:
+    return tuple(values) if isinstance(values, (list, tuple)) else values

@@ -1,0 +1,63 @@
+"""Norms, rotary embeddings and the loop over layers, shared by the encoder and the decoder.
+
+B batch rows, T tokens, N heads, H head width, L layers.
+"""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x [..., D]: x / rms(x) in float32, cast to x's dtype, then times weight [D] (Qwen3, AIMv2)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """x [..., D]: standard layer norm with statistics in float32 (SigLIP2)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    return (x32 * weight + bias).astype(x.dtype)
+
+
+def inverse_frequencies(width: int, theta: float) -> jax.Array:
+    """theta^(-2k / width) for k = 0 .. width/2 - 1, float32 [width / 2]."""
+    return theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Half-split RoPE: x [B, T, N, H] by angles float32 [B, T, H/2], computed in float32, returned in x's dtype."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    return {
+        "silu": jax.nn.silu,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    }[name]
+
+
+def layer_loop(body: Callable, carry: Any, layers: Any, per_layer: Any, remat: str = "none") -> tuple[Any, Any]:
+    """Runs carry, out = body(carry, layer, extra) over the layers and stacks what comes out.
+
+    `layers` decides how: a pytree stacked [L, ...] is scanned (one compiled body, for training); a tuple of per-layer
+    pytrees is unrolled (no slicing of stacked weights in memory, for decoding on CPU and for export).
+    `per_layer` is a pytree of arrays [L, ...].
+    """
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy)
+    if not isinstance(layers, tuple):
+        return jax.lax.scan(lambda c, xs: body(c, *xs), carry, (layers, per_layer))
+    outs = []
+    for i, layer in enumerate(layers):
+        carry, out = body(carry, layer, jax.tree.map(lambda a, i=i: a[i], per_layer))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)

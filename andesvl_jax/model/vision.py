@@ -1,0 +1,131 @@
+"""The native-resolution vision encoders: AIMv2 (RMSNorm, SwiGLU) and SigLIP2 (LayerNorm, GELU), both with 2-D RoPE.
+
+B batch rows, P patches of a row (several images, packed), C vision width, F mlp width, N heads, H head width, L layers.
+Patches come in 2x2 block order: four consecutive patches are one visual token.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from andesvl_jax.config import AndesVLConfig, VisionConfig
+from andesvl_jax.model.attention import Place, attend
+from andesvl_jax.model.layers import activation, inverse_frequencies, layer_loop, layer_norm, rms_norm, rotate
+from andesvl_jax.model.position_table import position_embedding
+from andesvl_jax.weights import Leaf, Param, dot
+
+
+@struct.dataclass
+class VisionLayer:
+    """norm*: [C]; qkv: [C, 3C]; proj: [C, C]; fc1, fc3 (AIMv2: gate, up): [C, F]; fc2: [F, C]; biases where the family has them."""
+
+    norm1: Leaf
+    norm1_bias: Leaf | None
+    qkv: Leaf
+    qkv_bias: Leaf | None
+    proj: Leaf
+    proj_bias: Leaf | None
+    norm2: Leaf
+    norm2_bias: Leaf | None
+    fc1: Leaf
+    fc1_bias: Leaf | None
+    fc3: Leaf | None
+    fc3_bias: Leaf | None
+    fc2: Leaf
+    fc2_bias: Leaf | None
+
+
+@struct.dataclass
+class Vision:
+    patch: Leaf  # [3 p p, C], features in channel, row, column order
+    patch_bias: Leaf  # [C]
+    patch_norm: Leaf | None  # [C], AIMv2 only
+    table: Leaf | None  # [n n, C]
+    layers: VisionLayer  # stacked [L, ...]
+    norm: Leaf  # [C]
+    norm_bias: Leaf | None
+
+
+def describe_vision(config: VisionConfig) -> Vision:
+    c, f, n_layers = config.hidden_size, config.intermediate_size, config.num_layers
+    aimv2 = config.family == "aimv2"
+
+    def matrix(i: int, o: int, *axes: str) -> Param:
+        return Param((n_layers, i, o), ("layers", *axes))
+
+    def vector(width: int, axis: str, init="zeros", present: bool = True) -> Param | None:
+        return Param((n_layers, width), ("layers", axis), init) if present else None
+
+    layers = VisionLayer(
+        norm1=vector(c, "embed", "ones"), norm1_bias=vector(c, "embed", present=not aimv2),
+        qkv=matrix(c, 3 * c, "embed", "heads"), qkv_bias=vector(3 * c, "heads", present=config.qkv_bias),
+        proj=matrix(c, c, "heads", "embed"), proj_bias=vector(c, "embed", present=config.use_bias),
+        norm2=vector(c, "embed", "ones"), norm2_bias=vector(c, "embed", present=not aimv2),
+        fc1=matrix(c, f, "embed", "mlp"), fc1_bias=vector(f, "mlp", present=config.use_bias),
+        fc3=matrix(c, f, "embed", "mlp") if aimv2 else None, fc3_bias=vector(f, "mlp", present=aimv2 and config.use_bias),
+        fc2=matrix(f, c, "mlp", "embed"), fc2_bias=vector(c, "embed", present=config.use_bias),
+    )  # fmt: skip
+    return Vision(
+        patch=Param((config.patch_features, c), ("patch", "embed")),
+        patch_bias=Param((c,), ("embed",), "zeros"),
+        patch_norm=Param((c,), ("embed",), "ones") if aimv2 else None,
+        table=None if config.table_side is None else Param((config.table_side**2, c), ("table", "embed"), "table"),
+        layers=layers,
+        norm=Param((c,), ("embed",), "ones"),
+        norm_bias=None if aimv2 else Param((c,), ("embed",), "zeros"),
+    )
+
+
+def embed_patches(params: Vision, config: AndesVLConfig, patches, coordinates, grids) -> jax.Array:
+    """patches float [B, P, 3pp], coordinates and grids int32 [B, P, 2] -> [B, P, C] with position embedding."""
+    vision, dtype = config.vision, jnp.dtype(config.dtype)
+    x = dot(patches.astype(dtype), params.patch, params.patch_bias)
+    if params.patch_norm is not None:
+        x = rms_norm(x, params.patch_norm, vision.norm_eps)
+    if params.table is not None:
+        table = params.table.astype(dtype)
+        x = x + position_embedding(table, vision.table_side, vision.table_interpolation, coordinates, grids)
+    return x
+
+
+def encode(params: Vision, config: AndesVLConfig, x, coordinates, segments) -> jax.Array:
+    """Transformer over embedded patches [B, P, C]; segments int32 [B, P] number the images, -1 is padding. -> [B, P, C]."""
+    vision = config.vision
+    c, h = vision.hidden_size, vision.head_dim
+    act = activation(vision.hidden_act)
+    norm = (lambda x, w, b: rms_norm(x, w, vision.norm_eps)) if vision.family == "aimv2" else (
+        lambda x, w, b: layer_norm(x, w, b, vision.norm_eps)
+    )  # fmt: skip
+    frequencies = inverse_frequencies(h // 2, vision.rope_theta)
+    angles = (coordinates[..., None].astype(jnp.float32) * frequencies).reshape(*x.shape[:2], h // 2)  # row first, then column
+    present = jnp.where(segments < 0, -1, 0)
+    windows = _window_segments(vision, coordinates, segments)
+
+    def layer(x, p: VisionLayer, full):
+        b, t, _ = x.shape
+        y = norm(x, p.norm1, p.norm1_bias)
+        q, k, v = (a.reshape(b, t, -1, h) for a in jnp.split(dot(y, p.qkv, p.qkv_bias), [c, 2 * c], axis=-1))
+        if vision.use_rope:
+            q, k = rotate(q, angles), rotate(k, angles)
+        place = Place(present, segments if windows is None else jnp.where(full, segments, windows))
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        y = attend(q, k, v, place, place, False, config.attention, config.attention_chunk)
+        x = x + dot(y.reshape(b, t, c), p.proj, p.proj_bias)
+        y = norm(x, p.norm2, p.norm2_bias)
+        gate = act(dot(y, p.fc1, p.fc1_bias))
+        hidden = gate if p.fc3 is None else gate * dot(y, p.fc3, p.fc3_bias)
+        return x + dot(hidden, p.fc2, p.fc2_bias), None
+
+    full_layers = vision.full_attention_layers
+    full = jnp.array([full_layers is None or i in full_layers for i in range(vision.num_layers)])
+    x, _ = layer_loop(layer, x, params.layers, full, config.remat)
+    return norm(x, params.norm, params.norm_bias)
+
+
+def _window_segments(vision: VisionConfig, coordinates, segments) -> jax.Array | None:
+    """int32 [B, P] that differ between windows and images; None when every layer is full."""
+    if vision.full_attention_layers is None:
+        return None
+    side = vision.window_size // vision.merge_size // vision.patch_size * vision.merge_size  # in patches
+    window = coordinates // side
+    return jnp.where(segments < 0, -1, (segments * 1024 + window[..., 0]) * 1024 + window[..., 1])

@@ -1,0 +1,82 @@
+"""What the network may ask of a weight leaf. A new kind of leaf is one file that registers these four functions.
+
+Letters: i input width, o output width, E table entries, D table width. Leading axes of x are free.
+The default implementations serve plain arrays; other kinds register theirs with `@multiply.register(Kind)` and so on.
+"""
+
+import functools
+import re
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+Leaf = Any  # a jax.Array or a registered kind (LoRA, FakeQuantized, Packed, ...)
+_KINDS: list[type] = []
+
+
+def leaf_kind(cls):
+    """Class decorator: marks a pytree class as one weight leaf, so that tree maps over weights stop there."""
+    _KINDS.append(cls)
+    return cls
+
+
+def is_leaf(x: Any) -> bool:
+    return isinstance(x, tuple(_KINDS))
+
+
+@functools.singledispatch
+def dense(w: Leaf, dtype=None) -> jax.Array:
+    """The array [..., i, o] (or [E, D]) that the leaf stands for."""
+    return w if dtype is None else w.astype(dtype)
+
+
+@functools.singledispatch
+def multiply(w: Leaf, x: jax.Array) -> jax.Array:
+    return x @ dense(w, x.dtype)
+
+
+@functools.singledispatch
+def lookup(w: Leaf, ids: jax.Array, dtype) -> jax.Array:
+    return jnp.take(w, ids, axis=0).astype(dtype)
+
+
+@functools.singledispatch
+def multiply_transposed(w: Leaf, x: jax.Array) -> jax.Array:
+    return jnp.einsum("...d,vd->...v", x, dense(w, x.dtype), preferred_element_type=jnp.float32)
+
+
+def dot(x: jax.Array, w: Leaf, bias: jax.Array | None = None) -> jax.Array:
+    """x [..., i] times leaf [i, o] -> [..., o] in x's dtype, plus bias [o]."""
+    y = multiply(w, x)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def embed(ids: jax.Array, w: Leaf, dtype) -> jax.Array:
+    """Rows [..., D] of table [E, D] at integer ids [...]."""
+    return lookup(w, ids, dtype)
+
+
+def unembed(x: jax.Array, w: Leaf) -> jax.Array:
+    """x [..., D] times the transpose of table [E, D] -> float32 [..., E]: the tied output head."""
+    return multiply_transposed(w, x)
+
+
+def map_leaves(fn: Callable[[Leaf], Leaf], params, pattern: str, extra: Any = None):
+    """Applies fn(leaf[, index]) to the leaves whose path ("decoder.layers.q") matches the regular expression.
+
+    With `extra` (a PRNG key) fn is called as fn(leaf, key_i), one key per matched leaf in path order.
+    Raises ValueError when nothing matches, because a pattern that hits nothing is a typing mistake.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    hits = [i for i, (path, _) in enumerate(flat) if re.fullmatch(pattern, path_name(path))]
+    if not hits:
+        raise ValueError(f"pattern {pattern!r} matches none of the {len(flat)} weight leaves")
+    leaves = [leaf for _, leaf in flat]
+    for n, i in enumerate(hits):
+        leaves[i] = fn(leaves[i]) if extra is None else fn(leaves[i], jax.random.fold_in(extra, n))
+    return jax.tree.unflatten(tree, leaves)
+
+
+def path_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,212 @@
+"""The task renderers: purity, the split by content, sound answers, and no answer that can be guessed."""
+
+import functools
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from andesvl_jax.data import tasks_chart, tasks_digits, tasks_screen, tasks_shapes
+from andesvl_jax.data.drawing import TOKEN_SIDE
+from andesvl_jax.data.examples import Example
+from andesvl_jax.data.registry import SPLITS, TASKS, WORDINGS, in_validation, render
+from andesvl_jax.errors import UserError
+
+SEED = 11
+COUNT = {"train": 1200, "validation": 600}
+TASK_NAMES = {"count", "colour", "position", "box", "word", "number", "handwritten", "chart",
+              "referring", "grounding", "screen_qa"}
+BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
+LARGEST_MAJORITY = {"count": 0.25, "colour": 0.22, "position": 0.33, "box": 0.02, "word": 0.06, "number": 0.08,
+                    "handwritten": 0.18, "chart": 0.14, "referring": 0.11, "grounding": 0.02, "screen_qa": 0.02}
+
+
+@functools.cache
+def examples(family: str, split: str) -> tuple[Example, ...]:
+    return tuple(render(family, SEED, index, split) for index in range(COUNT[split]))
+
+
+def turns(split: str):
+    return [turn for family in TASKS for example in examples(family, split) for turn in example.turns]
+
+
+def box_of(text: str) -> tuple[int, ...]:
+    return tuple(int(edge) for edge in BOX.search(text).groups())
+
+
+@pytest.mark.parametrize("family", TASKS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_render_is_a_pure_function_of_its_arguments(family, split):
+    first = [render(family, SEED, index, split) for index in range(20)]
+    again = [render(family, SEED, index, split) for index in reversed(range(20))][::-1]
+    for one, other in zip(first, again, strict=True):
+        assert one.turns == other.turns and one.content == other.content
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(one.images, other.images, strict=True))
+    assert render(family, SEED + 1, 0, split).images[0].tobytes() != first[0].images[0].tobytes()
+
+
+@pytest.mark.parametrize("family", TASKS)
+def test_contents_of_the_splits_are_disjoint(family):
+    contents = {split: {example.content for example in examples(family, split)} for split in SPLITS}
+    assert len(contents["validation"]) >= 100
+    assert contents["train"].isdisjoint(contents["validation"])
+    if family != "handwritten":
+        assert not any(map(in_validation, contents["train"])) and all(map(in_validation, contents["validation"]))
+
+
+def test_text_of_two_characters_or_more_never_crosses_the_split():
+    answers = {split: {turn.answer for family in ("word", "number") for example in examples(family, split)
+                       for turn in example.turns if len(turn.answer) > 1} for split in SPLITS}
+    assert answers["train"].isdisjoint(answers["validation"])
+
+
+def test_a_tenth_of_contents_is_validation():
+    share = np.mean([in_validation(f"content {index}") for index in range(5000)])
+    assert 0.085 < share < 0.115
+
+
+def test_sealed_handwritten_digits_are_never_loaded():
+    images, labels = tasks_digits.load_usable_digits()
+    assert len(images) == len(labels) == tasks_digits.USABLE == 898
+    index = {split: [int(example.content.split()[1]) for example in examples("handwritten", split)] for split in SPLITS}
+    assert max(index["train"]) < tasks_digits.TRAINING <= min(index["validation"])
+    assert max(index["validation"]) < 898
+
+
+@pytest.mark.parametrize("family", TASKS)
+def test_pictures_are_small_rgb_and_one_pixel_short_of_whole_tokens_where_it_matters(family):
+    sizes = set()
+    for split in SPLITS:
+        for example in examples(family, split):
+            (picture,) = example.images
+            assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+            height, width = picture.shape[:2]
+            assert 27 <= height <= 139 and 27 <= width <= 139
+            assert family == "handwritten" or (height % TOKEN_SIDE == width % TOKEN_SIDE == TOKEN_SIDE - 1)
+            assert 1 <= len(example.turns) <= 6
+            assert picture.max() > picture.min()
+            sizes.add((width, height))
+    assert len(sizes) >= (1 if family == "screen" else 2)
+
+
+def test_every_task_has_five_wordings_and_uses_them_all():
+    assert set(WORDINGS) == TASK_NAMES
+    patterns = {task: [re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(wording))) for wording in wordings]
+                for task, wordings in WORDINGS.items()}
+    for split in SPLITS:
+        asked = defaultdict(set)
+        for turn in turns(split):
+            asked[turn.task].add(turn.question)
+        for task, wordings in patterns.items():
+            assert len(wordings) >= 5
+            assert all(any(wording.fullmatch(question) for question in asked[task]) for wording in wordings), task
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_answer_is_common_enough_to_be_guessed(split):
+    answers = defaultdict(Counter)
+    for turn in turns(split):
+        answers[turn.task][turn.answer] += 1
+    assert set(answers) == TASK_NAMES
+    for task, counts in answers.items():
+        assert counts.most_common(1)[0][1] / counts.total() < LARGEST_MAJORITY[task], (task, counts.most_common(3))
+
+
+@pytest.mark.parametrize("task", ["box", "grounding", "screen_qa"])
+def test_boxes_parse_and_no_fixed_point_hits_a_quarter_of_them(task):
+    boxes = np.array([box_of(turn.answer) for turn in turns("train") if turn.task == task])
+    assert (boxes >= 0).all() and (boxes <= 1000).all() and (boxes[:, :2] < boxes[:, 2:]).all()
+    points = np.arange(20, 1000, 20)
+    inside_x = (boxes[:, :1] <= points) & (points <= boxes[:, 2:3])
+    inside_y = (boxes[:, 1:2] <= points) & (points <= boxes[:, 3:])
+    assert (inside_x[:, :, None] & inside_y[:, None, :]).mean(0).max() < 0.26
+
+
+def test_shape_boxes_are_the_painted_pixels_and_lie_in_their_quarter():
+    rng = np.random.default_rng(SEED)
+    for _ in range(200):
+        for thing in tasks_shapes.draw_scene(rng):
+            image = Image.new("RGB", (111, 83))
+            box = tasks_shapes.place(rng, thing, image)
+            assert image.convert("L").point(lambda level: 255 * (level > 0)).getbbox() == box
+            middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+            quarter = 2 * (middle_y > 83 / 2) + (middle_x > 111 / 2)
+            assert quarter == thing.quarter
+
+
+def test_shapes_of_a_scene_do_not_overlap():
+    rng = np.random.default_rng(SEED)
+    for _ in range(200):
+        boxes = [tasks_shapes.place(rng, thing, Image.new("RGB", (83, 111))) for thing in tasks_shapes.draw_scene(rng)]
+        for index, (x1, y1, x2, y2) in enumerate(boxes):
+            assert all(x2 <= a1 or a2 <= x1 or y2 <= b1 or b2 <= y1 for a1, b1, a2, b2 in boxes[index + 1:])
+
+
+def test_counts_and_colours_agree_with_the_content():
+    for example in examples("shapes", "train"):
+        things = example.content.removeprefix("shapes ").split("; ")
+        for turn in example.turns:
+            if turn.task == "count":
+                assert turn.answer == str(len(things))
+            if turn.task == "colour":
+                named = [thing for thing in things if thing.split()[1] in turn.question]
+                assert [thing.split()[0] for thing in named] == [turn.answer]
+
+
+def test_widgets_are_painted_inside_their_boxes_and_apart():
+    rng = np.random.default_rng(SEED)
+    for _ in range(150):
+        screen, theme = tasks_screen.draw_screen(rng), tasks_screen.draw_theme(rng)
+        boxes = tasks_screen.lay_out(rng, screen, int(rng.integers(12, 21)))
+        for widget, box in zip(screen, boxes, strict=True):
+            image = Image.new("RGB", (tasks_screen.WIDTH, tasks_screen.HEIGHT), theme.paper)
+            blank = np.array(image)
+            tasks_screen.PAINT[widget.kind](rng, image, widget, box, theme)
+            rows, columns = np.nonzero((np.array(image) != blank).any(2))
+            assert box[0] <= columns.min() and columns.max() < box[2], widget
+            assert box[1] <= rows.min() and rows.max() < box[3], widget
+        for index, (x1, y1, x2, y2) in enumerate(boxes):
+            assert all(x2 <= a1 or a2 <= x1 or y2 <= b1 or b2 <= y1 for a1, b1, a2, b2 in boxes[index + 1:])
+
+
+def test_screen_answers_agree_with_each_other():
+    for example in examples("screen", "train")[:300]:
+        labels = dict.fromkeys(widget.split()[1] for widget in example.content.removeprefix("screen ").split("; "))
+        for turn in example.turns:
+            if turn.task == "referring":
+                label, box = turn.answer, box_of(turn.question)
+            else:
+                names = [name for name in labels if name in turn.question] if turn.task == "grounding" else [
+                    name for name in labels if any(purpose in turn.question for purpose in tasks_screen.PURPOSES[name])]
+                (label,), box = names, box_of(turn.answer)
+            assert labels[label] in (None, box)
+            labels[label] = box
+
+
+def test_purposes_name_one_label_each():
+    purposes = [purpose for phrases in tasks_screen.PURPOSES.values() for purpose in phrases]
+    assert len(set(purposes)) == len(purposes)
+    assert not any(one != other and one in other for one in purposes for other in purposes)
+
+
+def test_chart_answers_agree_with_the_content():
+    for example in examples("chart", "validation"):
+        bars = dict(bar.split() for bar in example.content.removeprefix("chart ").split("; "))
+        assert len(bars) == tasks_chart.BARS
+        for turn in example.turns:
+            if turn.answer in bars:
+                highest = any(word in turn.question for word in ("tallest", "largest", "highest"))
+                values = sorted((int(value), colour) for colour, value in bars.items())
+                assert turn.answer == values[-1 if highest else 0][1]
+            else:
+                (colour,) = [colour for colour in bars if colour in turn.question]
+                assert turn.answer == bars[colour]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UserError, match="task family.*'nothing'.*shapes"):
+        render("nothing", 0, 0, "train")
+    with pytest.raises(UserError, match="split.*'test'"):
+        render("word", 0, 0, "test")
