@@ -98,6 +98,11 @@ def _check(config: AndesVLConfig) -> None:
         if not holds:
             raise UserError(f"config field {name}: found {found!r}, expected {expected}.")
 
+    for part, values in (("vision", vision), ("text", text), ("", config)):
+        for item in dataclasses.fields(values):
+            found = getattr(values, item.name)
+            kinds = {int: (int,), float: (int, float), bool: (bool,)}.get(item.type)
+            require(kinds is None or type(found) in kinds, f"{part}.{item.name}".lstrip("."), found, f"a value of type {getattr(item.type, '__name__', '')}")
     for part, values in (("vision", vision), ("text", text)):
         for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "norm_eps", "rope_theta"):
             require(getattr(values, name) > 0, f"{part}.{name}", getattr(values, name), "a positive number")
@@ -118,7 +123,16 @@ def _check(config: AndesVLConfig) -> None:
         "'two_dim' or 'one_dim'",
     )
     require(
-        vision.full_attention_layers is None or vision.window_size >= vision.base, "vision.window_size", vision.window_size,
+        vision.table_side is None or (type(vision.table_side) is int and vision.table_side > 0), "vision.table_side",
+        vision.table_side, "None or a positive number of entries (image_size / patch_size in config.json)",
+    )
+    full = vision.full_attention_layers
+    require(
+        full is None or (type(full) is tuple and all(type(i) is int and 0 <= i < vision.num_layers for i in full)),
+        "vision.full_attention_layers", full, f"None or a tuple of layer numbers below {vision.num_layers}",
+    )
+    require(
+        full is None or vision.window_size >= vision.base, "vision.window_size", vision.window_size,
         f"at least {vision.base} pixels, one visual token",
     )
     require(text.vocab_size > 0, "text.vocab_size", text.vocab_size, "a positive number")
@@ -127,11 +141,13 @@ def _check(config: AndesVLConfig) -> None:
         text.num_kv_heads > 0 and text.num_heads % text.num_kv_heads == 0, "text.num_kv_heads", text.num_kv_heads,
         f"a divisor of num_heads = {text.num_heads}",
     )
+    require(text.max_position_embeddings > 0, "text.max_position_embeddings", text.max_position_embeddings, "a positive number")
     require(
         config.image_token_id is None or 0 <= config.image_token_id < text.vocab_size, "image_token_id", config.image_token_id,
         f"an id below vocab_size = {text.vocab_size}",
     )
     require(config.attention in ("einsum", "chunked"), "attention", config.attention, "'einsum' or 'chunked'")
+    require(config.attention_chunk > 0, "attention_chunk", config.attention_chunk, "a positive number of queries")
     require(config.remat in ("none", "layer", "dots"), "remat", config.remat, "'none', 'layer' or 'dots'")
     for name in ("dtype", "param_dtype"):
         require(getattr(config, name) in ("float32", "bfloat16"), name, getattr(config, name), "'float32' or 'bfloat16'")
@@ -199,25 +215,23 @@ def from_hf(raw: Mapping[str, Any], source: str = "config.json", **run_options) 
     Raises:
       UserError: unknown model_type or key, a value the network cannot honour, or an impossible combination.
     """
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"{source}: model_type is {model_type!r}, expected one of {sorted(MODEL_TYPES)}.")
-    family = MODEL_TYPES[model_type]
-    _refuse_unknown(raw, {"model_type", "text_config", "vision_config", "image_token_id", "qk_norm"} | _TOP_IGNORED, source)
-    for part in ("text_config", "vision_config"):
-        if not isinstance(raw.get(part), Mapping):
-            raise UserError(f"{source}: {part} is {raw.get(part)!r}, expected an object.")
     try:
-        config = AndesVLConfig(
-            vision=_vision_from_hf(raw["vision_config"], family, source),
-            text=_text_from_hf(raw["text_config"], source, qk_norm=raw.get("qk_norm", True)),
+        model_type = raw.get("model_type")
+        if model_type not in sorted(MODEL_TYPES):
+            raise UserError(f"model_type is {model_type!r}, expected one of {sorted(MODEL_TYPES)}.")
+        _refuse_unknown(raw, {"model_type", "text_config", "vision_config", "image_token_id", "qk_norm"} | _TOP_IGNORED, "")
+        for part in ("text_config", "vision_config"):
+            if not isinstance(raw.get(part), Mapping):
+                raise UserError(f"{part} is {raw.get(part)!r}, expected an object.")
+        return AndesVLConfig(
+            vision=_vision_from_hf(raw["vision_config"], MODEL_TYPES[model_type]),
+            text=_text_from_hf(raw["text_config"], qk_norm=raw.get("qk_norm", True)),
             **{"image_token_id": raw.get("image_token_id"), **run_options},
         )
     except TypeError as error:
         raise UserError(f"{source}: a field has a value of the wrong type ({error}).") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return config
 
 
 def to_hf(config: AndesVLConfig) -> dict[str, Any]:
@@ -251,44 +265,47 @@ def to_hf(config: AndesVLConfig) -> dict[str, Any]:
     return raw
 
 
-def _refuse_unknown(raw: Mapping[str, Any], known: set[str], source: str) -> None:
+def _refuse_unknown(raw: Mapping[str, Any], known: set[str], part: str) -> None:
     unknown = sorted(set(raw) - known)
     if unknown:
-        raise UserError(f"{source}: unknown key {unknown[0]!r}; expected one of {', '.join(sorted(known))}.")
+        raise UserError(f"{part}unknown key {unknown[0]!r}; expected one of {', '.join(sorted(known))}.")
 
 
-def _refuse_changed(raw: Mapping[str, Any], fixed: Mapping[str, Any], source: str) -> None:
+def _refuse_changed(raw: Mapping[str, Any], fixed: Mapping[str, Any], part: str) -> None:
     for key, value in fixed.items():
         if raw.get(key, value) != value:
-            raise UserError(f"{source}: {key} is {raw[key]!r}, expected {value!r}; this network has no other form.")
+            raise UserError(f"{part}{key} is {raw[key]!r}, expected {value!r}; this network has no other form.")
 
 
-def _text_from_hf(raw: Mapping[str, Any], source: str, qk_norm: bool) -> TextConfig:
-    source = f"{source}: text_config"
-    _refuse_unknown(raw, set(_TEXT_KEYS) | set(_TEXT_FIXED) | _TEXT_IGNORED, source)
-    _refuse_changed(raw, _TEXT_FIXED, source)
+def _text_from_hf(raw: Mapping[str, Any], qk_norm: bool) -> TextConfig:
+    part = "text_config: "
+    _refuse_unknown(raw, set(_TEXT_KEYS) | set(_TEXT_FIXED) | _TEXT_IGNORED, part)
+    _refuse_changed(raw, _TEXT_FIXED, part)
+    _refuse_changed(raw, {"mlp_bias": False, "layer_types": ["full_attention"] * len(raw.get("layer_types", ()))}, part)
     values = {name: raw[hf] for hf, name in _TEXT_KEYS.items() if hf in raw}
-    if "rope_theta" not in raw and isinstance(raw.get("rope_parameters"), Mapping):  # the layout of transformers >= 5
-        values["rope_theta"] = raw["rope_parameters"].get("rope_theta", TextConfig.rope_theta)
+    rope = raw.get("rope_parameters") or {}  # the layout of transformers >= 5
+    _refuse_changed(rope, {"rope_type": "default"}, f"{part}rope_parameters.")
+    if "rope_theta" not in raw and "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
     return TextConfig(**values, qk_norm=qk_norm)
 
 
-def _vision_from_hf(raw: Mapping[str, Any], family: str, source: str) -> VisionConfig:
-    source = f"{source}: vision_config"
-    _refuse_unknown(raw, set(_VISION_KEYS) | set(_VISION_FIXED) | _VISION_HANDLED | _VISION_IGNORED, source)
-    _refuse_changed(raw, _VISION_FIXED, source)
+def _vision_from_hf(raw: Mapping[str, Any], family: str) -> VisionConfig:
+    part = "vision_config: "
+    _refuse_unknown(raw, set(_VISION_KEYS) | set(_VISION_FIXED) | _VISION_HANDLED | _VISION_IGNORED, part)
+    _refuse_changed(raw, _VISION_FIXED, part)
     aimv2 = family == "aimv2"
     # Class defaults of the release's configuration files; they differ from the released values, which config.json holds.
     defaults = dataclasses.asdict(VisionConfig(table_interpolation="one_dim") if aimv2 else SIGLIP2_BASE)
     patch = raw.get("patch_size", defaults["patch_size"])
     if aimv2:
         keeps_table = raw.get("preserve_original_pe", False)
-        side = raw.get("image_size", 224) // patch
+        side = raw.get("image_size", 224) // max(patch, 1)  # a patch below 1 is refused with the other fields
     else:
         keeps_table = raw.get("preserve_original_pe", True)
         side = round(raw.get("num_patches", 1024) ** 0.5)
         if side * side != raw.get("num_patches", 1024):
-            raise UserError(f"{source}: num_patches is {raw['num_patches']}, expected a square number.")
+            raise UserError(f"{part}num_patches is {raw['num_patches']}, expected a square number.")
     values = {name: raw[hf] for hf, name in _VISION_KEYS.items() if hf in raw}
     full = raw.get("fullatt_block_indexes")
     values |= {

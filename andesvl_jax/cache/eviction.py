@@ -6,8 +6,8 @@ AndesVL calls OKV is unpublished (arXiv 2510.11496 gives its name and no formula
 B batch rows, N query heads, K kv heads, G = N / K, C cache slots, H head width, W observed queries.
 """
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Callable
 
 import jax
@@ -16,9 +16,10 @@ from flax import struct
 
 from andesvl_jax.errors import UserError
 
-STORE_FACTOR = 1.25  # slots per head of the rectangular store, in budgets, when heads may differ in what they keep
-HEAD_SHARE = 0.2  # of the budget that every head keeps in any case (Ada-KV's alpha)
+STORE_FACTOR = Fraction(5, 4)  # slots per head of the rectangular store, in budgets, when heads may differ in what they keep
+HEAD_SHARE = Fraction(1, 5)  # of the budget that every head keeps in any case (Ada-KV's alpha)
 SNAPKV_KERNEL = 5
+_EMPTY, _SCORED, _WINDOW, _SINK, _SHARE = range(-1, 4)  # what outranks what, whatever the scores
 
 
 @struct.dataclass
@@ -78,8 +79,8 @@ class Eviction:
 
     policy: str = "okv"
     budget: float | int = 0.5
-    window: int = 16  # last queries whose attention is observed; their keys stay
-    sinks: int = 4  # first tokens, which stay
+    window: int = 16  # last queries whose attention is observed; their keys stay, up to half of the budget
+    sinks: int = 4  # first tokens, which stay, up to a quarter of the budget
 
     def __post_init__(self):
         if self.policy not in POLICIES:
@@ -87,16 +88,29 @@ class Eviction:
         if not (0 < self.budget <= 1 if isinstance(self.budget, float) else self.budget >= 1):
             raise UserError(f"kv_budget is {self.budget}, expected a fraction in (0, 1] or at least 1 slot.")
 
-    def kept(self, length):
+    @property
+    def share(self) -> Fraction | None:
+        """The budget as a ratio of integers (in floating point 0.15 x 100 may round up to 16); None: it is in slots."""
+        if not isinstance(self.budget, float):
+            return None
+        return max(Fraction(self.budget).limit_denominator(10_000), Fraction(1, 10_000))
+
+    def kept(self, length: jax.Array) -> jax.Array:
         """int32 [B]: slots per head that stay, on average over the heads, of prompts of this length [B]."""
-        if isinstance(self.budget, float):
-            return jnp.ceil(length * self.budget).astype(jnp.int32)
-        return jnp.minimum(length, self.budget)
+        return jnp.minimum(length, self.budget) if self.share is None else _part(length, self.share)
+
+    def store(self, kept):
+        """Slots that one head may fill when `kept` (an int or an array) stay on average."""
+        return _part(kept, STORE_FACTOR) if self.policy in HEAD_ADAPTIVE else kept
 
     def slots(self, width: int) -> int:
         """Slots allocated per head for prompts in a bucket of `width`: never more than the prompt has."""
-        kept = math.ceil(width * self.budget) if isinstance(self.budget, float) else self.budget
-        return min(width, math.ceil(kept * STORE_FACTOR) if self.policy in HEAD_ADAPTIVE else kept)
+        return min(width, self.store(self.budget if self.share is None else _part(width, self.share)))
+
+
+def _part(n, ratio: Fraction):
+    """ceil(n * ratio), exactly, for an int or an int32 array."""
+    return -(-n * ratio.numerator // ratio.denominator)
 
 
 def evict_layer(view: LayerView, length, eviction: Eviction) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -106,7 +120,7 @@ def evict_layer(view: LayerView, length, eviction: Eviction) -> tuple[jax.Array,
       length: int32 [B], tokens of each row's prompt.
     """
     slots = eviction.slots(view.positions.shape[-1])
-    keep = select(view, POLICIES[eviction.policy](view), length, eviction, slots)
+    keep = select(view, POLICIES[eviction.policy](view), length, eviction)
     size = keep.shape[-1]
     order = jnp.where(keep, size - jnp.arange(size), 0)  # top_k of this picks the kept slots, earliest first
     rank, index = jax.lax.top_k(order, slots)
@@ -115,27 +129,34 @@ def evict_layer(view: LayerView, length, eviction: Eviction) -> tuple[jax.Array,
     return gather(view.keys), gather(view.values), positions
 
 
-def select(view: LayerView, scores: jax.Array, length, eviction: Eviction, slots: int) -> jax.Array:
-    """bool [B, K, C]: what stays. Sinks and the observation window come first, then the highest scores."""
-    positions, recent = view.positions, length[:, None, None] - eviction.window
-    ceiling = 2.0 * jnp.max(jnp.abs(scores)) + 1.0
-    scores = jnp.where(positions >= recent, ceiling * 2 + positions, scores)  # too small a budget keeps the latest of them
-    scores = jnp.where((positions >= 0) & (positions < eviction.sinks), jnp.inf, scores)
-    scores = jnp.where(positions < 0, -jnp.inf, scores)
+def select(view: LayerView, scores: jax.Array, length, eviction: Eviction) -> jax.Array:
+    """bool [B, K, C]: what stays. Sinks come first, then the observation window, latest first, then the highest scores.
+
+    Everything depends on the row alone: neither the bucket nor the other rows of the batch change what it keeps.
+    """
+    positions = view.positions
     budget = eviction.kept(length)[:, None, None]
-    within = _rank(scores)
+    window, sinks = jnp.minimum(eviction.window, budget // 2), jnp.minimum(eviction.sinks, budget // 4)
+    tier = jnp.where(positions >= length[:, None, None] - window, _WINDOW, _SCORED)
+    tier = jnp.where(positions < sinks, _SINK, tier)
+    tier = jnp.where(positions < 0, _EMPTY, tier)
+    scores = jnp.select([tier == _SINK, tier == _WINDOW], [-positions.astype(scores.dtype), positions.astype(scores.dtype)], scores)
+    within = _rank(tier, scores)
     if eviction.policy not in HEAD_ADAPTIVE:
         return (within < budget) & (positions >= 0)
-    share = jnp.ceil(budget * HEAD_SHARE).astype(jnp.int32)
-    eligible = jnp.where(within < share, jnp.inf, jnp.where(within < slots, scores, -jnp.inf))
+    share = _part(budget, HEAD_SHARE)
+    storable = (within < eviction.store(budget)) & (positions >= 0)
+    scores = jnp.where(tier == _SCORED, scores, -within.astype(scores.dtype))  # too small a budget is shared out evenly
+    tier = jnp.where(storable, jnp.where(within < share, _SHARE, tier), _EMPTY)
     rows, heads, size = scores.shape
-    across = _rank(eligible.reshape(rows, 1, heads * size)).reshape(scores.shape)
-    return (across < budget * heads) & (within < slots) & (positions >= 0)
+    flat = lambda x: x.reshape(rows, 1, heads * size)  # noqa: E731
+    across = _rank(flat(tier), flat(scores)).reshape(scores.shape)
+    return (across < budget * heads) & storable
 
 
-def _rank(scores: jax.Array) -> jax.Array:
-    """int32, 0 = highest along the last axis; equal scores rank in slot order."""
-    order = jnp.argsort(-scores, axis=-1, stable=True)
+def _rank(tier: jax.Array, scores: jax.Array) -> jax.Array:
+    """int32, 0 = the best score of the highest tier along the last axis; equals rank in slot order."""
+    order = jnp.lexsort((-scores, -tier), axis=-1)
     return jnp.argsort(order, axis=-1)
 
 

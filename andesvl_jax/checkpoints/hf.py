@@ -59,9 +59,10 @@ def save(bundle: Bundle, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     tensors = params_to_hf(bundle.params, bundle.config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    staging = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         _write_json(staging / "config.json", to_hf(bundle.config))
         _write_json(staging / "preprocessor_config.json", bundle.image_processor.to_hf())
@@ -73,7 +74,8 @@ def save(bundle: Bundle, path: str | os.PathLike) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: could not be written ({error}); what was saved there before is untouched.") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _swap(staging: Path, path: Path) -> None:
@@ -151,15 +153,15 @@ def _check_tensors(path: Path, config: AndesVLConfig, found: dict[str, str], han
     missing = sorted(set(expected) - set(found) - ({TIED_HEAD} if config.text.tie_word_embeddings else set()))
     unknown = sorted(set(found) - set(expected))
     if missing:
-        problems.append(f"{len(missing)} missing ({', '.join(missing[:3])})")
+        problems.append(f"{len(missing)} missing ({', '.join(missing)})")
     if unknown:
-        problems.append(f"{len(unknown)} unknown ({', '.join(unknown[:3])})")
+        problems.append(f"{len(unknown)} unknown ({', '.join(unknown)})")
     for name in sorted(set(found) & set(expected)):
         shape = tuple(handles[found[name]].get_slice(name).get_shape())
         if shape != expected[name]:
             problems.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
     if problems:
-        raise UserError(f"{path}: the tensors do not fit config.json: {'; '.join(problems[:8])}.")
+        raise UserError(f"{path}: the tensors do not fit config.json: {'; '.join(problems)}.")
 
 
 def _check_tied_head(path: Path, config: AndesVLConfig, found: dict[str, str], read) -> None:

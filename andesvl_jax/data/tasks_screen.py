@@ -63,6 +63,7 @@ TITLES = ("Settings", "Notes", "Today", "Menu", "Options", "Files")
 WIDTH, HEIGHT = side(4), side(5)
 FONT, LABEL_SIZE, TITLE_SIZE = "DejaVuSans", 11, 10
 GAP = 3  # pixels between widgets
+QUESTIONS = 4  # per screen: with the picture about 190 tokens
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ PAINT: dict[str, Paint] = {
 
 
 def turns_about(rng: np.random.Generator, screen: tuple[Widget, ...], boxes: list[str]) -> list[Turn]:
-    """Six questions, two of each task about different widgets, in random order."""
+    """Four of six questions, two of each task about different widgets, in random order."""
     turns = []
     for task, wordings in WORDINGS.items():
         for index in rng.permutation(len(screen))[:2].tolist():
@@ -241,7 +242,7 @@ def turns_about(rng: np.random.Generator, screen: tuple[Widget, ...], boxes: lis
             question = pick(rng, wordings).format(label=label, box=box, purpose=pick(rng, PURPOSES[label]))
             turns.append(Turn(task, question, label if task == "referring" else box))
     order = rng.permutation(len(turns)).tolist()
-    return [turns[index] for index in order]
+    return [turns[index] for index in order[:QUESTIONS]]
 
 
 def render_screen(rng: np.random.Generator, split: str) -> Example:

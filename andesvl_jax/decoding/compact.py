@@ -26,7 +26,7 @@ def compact(params: Decoder, config: AndesVLConfig, cache: Cache, queries, evict
 
     def layer(carry, p: DecoderLayer, extra):
         keys, values, positions, queries = extra
-        weights = attention_weights(queries, keys, Place(place), Place(positions), causal=True)
+        weights = jnp.swapaxes(attention_weights(queries, keys, Place(place), Place(positions), causal=True), 2, 3)
         output = dense(p.o, jnp.float32).reshape(k, n // k, h, -1)
         view = LayerView(
             keys, values, positions, weights * (place >= 0)[:, None, None, :, None], place,

@@ -52,7 +52,8 @@ def filter_logits(logits, options: SamplingOptions) -> jax.Array:
     ordered = jnp.where(jnp.arange(vocabulary) < k[:, None], ordered, -jnp.inf)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < options.top_p[:, None]).at[:, 0].set(True) & jnp.isfinite(ordered)
+    top_p = options.top_p[:, None]
+    kept = ((before < top_p) | (top_p >= 1)).at[:, 0].set(True) & jnp.isfinite(ordered)  # rounding may bring `before` to 1
     floor = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= floor, logits, -jnp.inf)
 

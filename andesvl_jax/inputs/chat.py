@@ -28,7 +28,9 @@ _TRUSTED_TOKENS = frozenset(name for name, _ in ADDED_TOKENS) - STRUCTURE_TOKENS
 ROLE_TOKENS = {"user": REFERENCE_TOKENS, "system": _TRUSTED_TOKENS, "assistant": _TRUSTED_TOKENS}
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, visual_tokens: Sequence[int], thinking: bool = False) -> list[int]:
+def render_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, visual_tokens: Sequence[int], thinking: bool = False
+) -> list[int]:
     """Ids of a conversation that the assistant is to continue.
 
     Args:

@@ -53,16 +53,17 @@ class ImageProcessor:
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise UserError(f"image processor field {name}: found {value!r}, expected a positive whole number.")
         if self.merge_size != 2:
-            raise UserError(f"image processor field merge_size: found {self.merge_size}, expected 2, the only merge AndesVL has.")
+            raise UserError(f"image processor field merge_size: found {self.merge_size}, expected 2, the only merge there is.")
         if self.max_resolution < self.base:
             raise UserError(
-                f"image processor field max_resolution: found {self.max_resolution}, expected at least {self.base} pixels, one visual token."
+                f"image processor field max_resolution: found {self.max_resolution}, expected at least {self.base} pixels, "
+                "one visual token."
             )
         for name in ("mean", "std"):
             values = getattr(self, name)
-            numbers = isinstance(values, tuple) and len(values) == 3 and all(_is_finite(v) for v in values)
-            if not numbers or (name == "std" and min(values) <= 0) or (name == "mean" and not 0 <= min(values) <= max(values) <= 1):
-                expected = "three numbers in 0..1" if name == "mean" else "three positive numbers"
+            numbers = isinstance(values, tuple) and len(values) == 3 and all(_is_finite(value) for value in values)
+            if not numbers or not 0 <= min(values) <= max(values) <= 1 or (name == "std" and min(values) == 0):
+                expected = "three numbers in 0..1" if name == "mean" else "three numbers above 0, at most 1"
                 raise UserError(f"image processor field {name}: found {values!r}, expected {expected}.")
 
     @property
@@ -265,7 +266,9 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _refuse_vanished(size: tuple[int, int], width: int, height: int) -> None:
     if min(size) < 1:
-        raise UserError(f"image of {width}x{height} pixels is too thin: scaled down it would be {size[0]}x{size[1]}; crop it first.")
+        raise UserError(
+            f"image of {width}x{height} pixels is too thin: scaled down it has {size[0]}x{size[1]} pixels, expected at least 1x1."
+        )
 
 
 def to_canvas(image: ImageSource, processor: ImageProcessor) -> np.ndarray:
@@ -284,7 +287,9 @@ def to_canvas(image: ImageSource, processor: ImageProcessor) -> np.ndarray:
 
 
 def patchify(canvas: np.ndarray, processor: ImageProcessor) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Normalised patches of a canvas, in 2x2 block order: blocks row-major, inside a block top-left, top-right, bottom-left, bottom-right.
+    """Normalised patches of a canvas in 2x2 block order.
+
+    Blocks come row-major; inside a block top-left, top-right, bottom-left, bottom-right.
 
     Args:
       canvas: uint8 [H, W, 3], both sides multiples of the base.
@@ -295,8 +300,10 @@ def patchify(canvas: np.ndarray, processor: ImageProcessor) -> tuple[np.ndarray,
       UserError: another dtype or shape.
     """
     base = processor.base
-    if canvas.dtype != np.uint8 or canvas.ndim != 3 or canvas.shape[2] != 3 or canvas.shape[0] % base or canvas.shape[1] % base:
-        raise UserError(f"canvas is {canvas.dtype} {list(canvas.shape)}, expected uint8 [H, W, 3] with H and W multiples of {base}.")
+    shaped = canvas.ndim == 3 and canvas.shape[2] == 3 and canvas.shape[0] % base == canvas.shape[1] % base == 0
+    if canvas.dtype != np.uint8 or not shaped:
+        found = f"{canvas.dtype} {list(canvas.shape)}"
+        raise UserError(f"canvas is {found}, expected uint8 [H, W, 3] with H and W multiples of {base}.")
     p, m = processor.patch_size, processor.merge_size
     rows, columns = canvas.shape[0] // p, canvas.shape[1] // p
     pixels = rearrange(canvas, "(hb i ph) (wb j pw) c -> (hb wb i j) c (ph pw)", i=m, ph=p, j=m, pw=p)

@@ -26,9 +26,9 @@ def visible(queries: Place, keys: Place, causal: bool) -> jax.Array:
     key = key[:, :, None]
     mask = key >= 0
     if causal:
-        mask &= key <= queries.positions[:, None, :, None]
+        mask = mask & (key <= queries.positions[:, None, :, None])
     if queries.segments is not None:
-        mask &= (queries.segments[:, :, None] == keys.segments[:, None, :])[:, None]
+        mask = mask & (queries.segments[:, :, None] == keys.segments[:, None, :])[:, None]
     return mask
 
 
@@ -62,14 +62,22 @@ def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chu
 
 
 def attention_weights(q, k, queries: Place, keys: Place, causal: bool) -> jax.Array:
-    """float32 probabilities [B, K, G, T, S] of q [B, T, N, H] over k [B, K, S, H]."""
+    """float32 probabilities [B, K, T, G, S] of q [B, T, N, H] over k [B, K, S, H]."""
+    weights, total = _unnormalized(q, k, queries, keys, causal)
+    return weights / total
+
+
+def _unnormalized(q, k, queries: Place, keys: Place, causal: bool) -> tuple[jax.Array, jax.Array]:
+    """exp(scores - max) float32 [B, K, T, G, S] and its sum [B, K, T, G, 1]; this axis order needs no transpose of scores."""
     b, t, n, h = q.shape
-    grouped = q.reshape(b, t, k.shape[1], n // k.shape[1], h)
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
-    scores = jnp.where(visible(queries, keys, causal)[:, :, None], scores, MASKED)
-    return jax.nn.softmax(scores, axis=-1)
+    grouped = (q * h**-0.5).reshape(b, t, k.shape[1], n // k.shape[1], h)
+    scores = jnp.einsum("btkgh,bksh->bktgs", grouped, k, preferred_element_type=jnp.float32)
+    scores += jnp.where(visible(queries, keys, causal), 0.0, MASKED)[:, :, :, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return weights, weights.sum(-1, keepdims=True)
 
 
 def _einsum(q, k, v, queries: Place, keys: Place, causal: bool) -> jax.Array:
-    weights = attention_weights(q, k, queries, keys, causal).astype(q.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, v).reshape(q.shape)
+    weights, total = _unnormalized(q, k, queries, keys, causal)
+    out = jnp.einsum("bktgs,bksh->bktgh", weights.astype(q.dtype), v, preferred_element_type=jnp.float32) / total
+    return jnp.swapaxes(out, 1, 2).reshape(q.shape).astype(q.dtype)

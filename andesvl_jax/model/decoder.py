@@ -10,7 +10,7 @@ from flax import struct
 from andesvl_jax.cache.kv import Cache, reserve
 from andesvl_jax.config import AndesVLConfig, TextConfig
 from andesvl_jax.model.attention import Place, attend
-from andesvl_jax.model.layers import inverse_frequencies, layer_loop, rms_norm, rotate
+from andesvl_jax.model.layers import inverse_frequencies, layer_loop, rms_norm, rotate, rotation
 from andesvl_jax.weights import Leaf, Param, dot, embed, unembed
 
 
@@ -90,11 +90,15 @@ def decode(
     Returns:
       hidden [B, T, D] after the final norm; the cache with T more tokens (or None); the observed, rotated queries
       [L, B, W, N, H] (or None).
+    Raises:
+      ValueError: segments together with a cache, which holds one conversation per row.
     """
+    if cache is not None and place.segments is not None:
+        raise ValueError("a cache holds one conversation per row, expected Place(positions) without segments")
     text = config.text
     b, t, _ = x.shape
     h = text.head_dim
-    angles = place.positions[..., None].astype(jnp.float32) * inverse_frequencies(h, text.rope_theta)
+    turn = rotation(place.positions[..., None].astype(jnp.float32) * inverse_frequencies(h, text.rope_theta))
     start = None if cache is None else cache.cursor
     if cache is not None:
         cache = reserve(cache, place.positions)
@@ -106,8 +110,8 @@ def decode(
     def layer(carry, p: DecoderLayer, extra):
         x, keys, values = carry
         y = rms_norm(x, p.attention_norm, text.norm_eps)
-        q = rotate(heads(y, p.q, p.q_bias, p.q_norm), angles)
-        k = jnp.swapaxes(rotate(heads(y, p.k, p.k_bias, p.k_norm), angles), 1, 2)
+        q = rotate(heads(y, p.q, p.q_bias, p.q_norm), turn)
+        k = jnp.swapaxes(rotate(heads(y, p.k, p.k_bias, p.k_norm), turn), 1, 2)
         v = jnp.swapaxes(heads(y, p.v, p.v_bias, None), 1, 2)
         if cache is None:
             seen = place

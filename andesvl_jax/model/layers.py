@@ -29,11 +29,18 @@ def inverse_frequencies(width: int, theta: float) -> jax.Array:
     return theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Half-split RoPE: x [B, T, N, H] by angles float32 [B, T, H/2], computed in float32, returned in x's dtype."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)
+def rotation(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, H], of angles [B, T, H/2] for both halves: computed once, used by every layer."""
+    angles = jnp.concatenate([angles, angles], -1)[:, :, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Half-split RoPE on x [B, T, N, H] in float32, returned in x's dtype."""
+    cos, sin = rotation
+    x32 = x.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    return (x32 * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

@@ -10,7 +10,7 @@ from flax import struct
 
 from andesvl_jax.config import AndesVLConfig, VisionConfig
 from andesvl_jax.model.attention import Place, attend
-from andesvl_jax.model.layers import activation, inverse_frequencies, layer_loop, layer_norm, rms_norm, rotate
+from andesvl_jax.model.layers import activation, inverse_frequencies, layer_loop, layer_norm, rms_norm, rotate, rotation
 from andesvl_jax.model.position_table import position_embedding
 from andesvl_jax.weights import Leaf, Param, dot
 
@@ -98,6 +98,7 @@ def encode(params: Vision, config: AndesVLConfig, x, coordinates, segments) -> j
     )  # fmt: skip
     frequencies = inverse_frequencies(h // 2, vision.rope_theta)
     angles = (coordinates[..., None].astype(jnp.float32) * frequencies).reshape(*x.shape[:2], h // 2)  # row first, then column
+    turn = rotation(angles)
     present = jnp.where(segments < 0, -1, 0)
     windows = _window_segments(vision, coordinates, segments)
 
@@ -106,7 +107,7 @@ def encode(params: Vision, config: AndesVLConfig, x, coordinates, segments) -> j
         y = norm(x, p.norm1, p.norm1_bias)
         q, k, v = (a.reshape(b, t, -1, h) for a in jnp.split(dot(y, p.qkv, p.qkv_bias), [c, 2 * c], axis=-1))
         if vision.use_rope:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = rotate(q, turn), rotate(k, turn)
         place = Place(present, segments if windows is None else jnp.where(full, segments, windows))
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         y = attend(q, k, v, place, place, False, config.attention, config.attention_chunk)

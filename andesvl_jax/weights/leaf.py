@@ -33,7 +33,8 @@ def dense(w: Leaf, dtype=None) -> jax.Array:
 
 @functools.singledispatch
 def multiply(w: Leaf, x: jax.Array) -> jax.Array:
-    return x @ dense(w, x.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # a 3-D operand makes XLA's CPU backward pass transpose the activations
+    return (rows @ dense(w, x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 @functools.singledispatch

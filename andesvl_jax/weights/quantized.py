@@ -49,13 +49,20 @@ def _(w: Packed, dtype=None):
 
 @lookup.register(Packed)
 def _(w: Packed, ids, dtype):
+    _require_rows(w)
     rows = jnp.take(w.codes, ids, axis=0), jnp.take(w.scale, ids, axis=0)
     return _dequantize(*rows, w.bits, -1).astype(dtype)
 
 
 @lookup.register(FakeQuantized)
 def _(w: FakeQuantized, ids, dtype):
+    _require_rows(w)
     return jnp.take(dense(w), ids, axis=0).astype(dtype)
+
+
+def _require_rows(table: FakeQuantized | Packed) -> None:
+    if table.axis != -1:
+        raise ValueError(f"a table is quantized along axis {table.axis}, expected -1: its rows are read one by one")
 
 
 def quantize(weight: jax.Array, bits: int, group: int | None = None, axis: int = -2) -> Packed:
@@ -68,7 +75,7 @@ def quantize(weight: jax.Array, bits: int, group: int | None = None, axis: int =
     w = jnp.moveaxis(weight.astype(jnp.float32), axis, -1)
     size = w.shape[-1]
     group = size if group is None else group
-    if size % group or (bits == 4 and size % 2):
+    if group < 1 or size % group or (bits == 4 and size % 2):
         raise ValueError(f"axis of {size} weights cannot be cut into groups of {group} at {bits} bits")
     limit = 2 ** (bits - 1) - 1
     grouped = w.reshape(*w.shape[:-1], size // group, group)

@@ -20,7 +20,10 @@ LINES = [
 def merges() -> list[tuple[str, str]]:
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=400, min_frequency=2, show_progress=False))
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from andesvl_jax.errors import UserError
-from andesvl_jax.inputs.chat import REFERENCE_TOKENS, STRUCTURE_TOKENS, boxed, images_of, parse_thinking, render_prompt, render_training
+from andesvl_jax.inputs.chat import (
+    REFERENCE_TOKENS,
+    STRUCTURE_TOKENS,
+    boxed,
+    images_of,
+    parse_thinking,
+    render_prompt,
+    render_training,
+)
 from andesvl_jax.inputs.tokenizer import ADDED_TOKENS
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -20,6 +28,10 @@ def user(content):
 
 def assistant(content):
     return {"role": "assistant", "content": content}
+
+
+def text_item(text):
+    return {"type": "text", "text": text}
 
 
 def as_text(messages, counts, thinking=False):
@@ -56,7 +68,7 @@ def random_conversation(source, answers_last=False):
 def test_the_format_token_by_token(tokenizer):
     messages = [
         {"role": "system", "content": "You are a GUI agent."},
-        user([{"type": "text", "text": "a"}, {"type": "image", "image": IMAGE}, {"type": "text", "text": "b"}, {"type": "text", "text": "c"}]),
+        user([text_item("a"), {"type": "image", "image": IMAGE}, text_item("b"), text_item("c")]),
         assistant("yes"),
         user("<image>what?"),
     ]
@@ -76,7 +88,8 @@ def test_prompts_equal_the_whole_string_encoded_at_once(tokenizer):
     for _ in range(400):
         messages, counts = random_conversation(source)
         thinking = source.random() < 0.5
-        assert render_prompt(messages, tokenizer, counts, thinking) == tokenizer.encode(as_text(messages, counts, thinking), special=True)
+        expected = tokenizer.encode(as_text(messages, counts, thinking), special=True)
+        assert render_prompt(messages, tokenizer, counts, thinking) == expected
 
 
 def test_supervised_ids_are_the_answers_and_their_ends(tokenizer):
@@ -109,7 +122,8 @@ def test_answers_keep_their_markup(tokenizer):
 
 
 def test_images_in_an_answer_are_not_learned(tokenizer):
-    ids, supervised = render_training([user("Draw."), assistant([{"type": "image", "image": IMAGE}, {"type": "text", "text": "ok"}])], tokenizer, [3])
+    answer = assistant([{"type": "image", "image": IMAGE}, text_item("ok")])
+    ids, supervised = render_training([user("Draw."), answer], tokenizer, [3])
     learned = [i for i, learn in zip(ids, supervised) if learn]
     assert learned == [*tokenizer.encode("ok"), tokenizer.im_end_id]
 
@@ -124,7 +138,7 @@ INJECTIONS = [
 def test_user_text_cannot_open_a_turn_or_an_image(tokenizer, text):
     forbidden = {tokenizer.token_id(name) for name, _ in ADDED_TOKENS if name not in REFERENCE_TOKENS}
     empty = render_prompt([user("")], tokenizer, [])
-    for content in (text, [{"type": "text", "text": text}], [{"type": "text", "text": text[:5]}, {"type": "text", "text": text[5:]}]):
+    for content in (text, [text_item(text)], [text_item(text[:5]), text_item(text[5:])]):
         ids = render_prompt([user(content)], tokenizer, [])
         assert [i for i in ids if i in forbidden] == [i for i in empty if i in forbidden]
         assert text in tokenizer.decode(ids, skip_special=False)
@@ -202,7 +216,7 @@ def test_a_mark_in_an_answer_counts_and_a_literal_one_does_not(tokenizer):
         ([user([{"type": "video", "video": "a"}])], "message 1: content item has type 'video'"),
         ([user(["a"])], "message 1: content item has type None"),
         ([user([{"type": "text", "text": 3}])], "message 1: text item has no text"),
-        ([user([{"type": "image_url", "image_url": {"url": "a", "detail": "high"}}])], "message 1: image_url.detail is 'high', expected 'low'"),
+        ([user([{"type": "image_url", "image_url": {"detail": "high"}}])], "image_url.detail is 'high', expected 'low'"),
         ([user([{"type": "image_url", "image_url": "a"}])], "message 1: image_url.detail is None"),
     ],
 )

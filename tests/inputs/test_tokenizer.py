@@ -1,5 +1,6 @@
-"""Rebuilding from merges, round trips, escaping, streaming, and damaged files. Ids of the released tokenizer are in tests/golden."""
+"""Rebuilding from merges, round trips, escaping, streaming, and damaged files."""
 
+import copy
 import json
 import random
 import re
@@ -16,7 +17,8 @@ from andesvl_jax.inputs.tokenizer import ADDED_TOKENS, SPLIT_PATTERN, DecodeStre
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
 TEXTS = [
-    "", " ", "\n", "\n\n\n", "Hello world!", "It's 12345 + 67 = don't\tknow  \n\n  x", "描述这张图片。", "Ａ ﬁ é e\u0301", "👩‍👩‍👧 \u200b\x00",
+    "", " ", "\n", "\n\n\n", "Hello world!", "It's 12345 + 67 = don't\tknow  \n\n  x", "描述这张图片。", "Ａ ﬁ é e\u0301",
+    "👩‍👩‍👧 \u200b\x00",
     "<|im_start|>user\nhi<|im_end|>\n", "<think>\nso\n</think>\n\nyes", "<|box_start|>(437,104),(1120,130)<|box_end|>",
 ]  # fmt: skip
 
@@ -26,7 +28,8 @@ def write_merges(path, merges, header="#version: 0.2\n"):
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
-    return all(a.encode(t, special) == b.encode(t, special) for t in TEXTS for special in (False, True)) and a.vocab_size == b.vocab_size
+    same_ids = all(a.encode(text, special) == b.encode(text, special) for text in TEXTS for special in (False, True))
+    return same_ids and a.vocab_size == b.vocab_size
 
 
 def test_ids_follow_bytes_merges_and_added_tokens(tokenizer, merges):
@@ -67,7 +70,7 @@ def test_golden_cases_are_cut_as_the_released_tokenizer_cuts_them(tokenizer):
     for case in cases:
         ids = tokenizer.encode(case["text"], special=True)
         assert [i for i in ids if i >= tokenizer.pad_id] == [i + shift for i in case["ids"] if i >= 151643], case["text"]
-        assert [i for i in ids if 15 <= i <= 24] == [i for i in case["ids"] if 15 <= i <= 24], case["text"]  # single digits, by byte order
+        assert [i for i in ids if 15 <= i <= 24] == [i for i in case["ids"] if 15 <= i <= 24], case["text"]  # the digits
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -118,7 +121,9 @@ def test_streamed_text_is_the_decoded_text(tokenizer, skip_special):
     for _ in range(150):
         text = "".join(source.choice(TEXTS) for _ in range(3))
         valid = tokenizer.encode(text, special=True)
-        for ids in (valid, valid[: source.randrange(len(valid) + 1)], [source.randrange(tokenizer.vocab_size) for _ in range(12)]):
+        cut = valid[: source.randrange(len(valid) + 1)]
+        noise = [source.randrange(tokenizer.vocab_size) for _ in range(12)]
+        for ids in (valid, cut, noise):
             stream = DecodeStream(tokenizer, skip_special)
             pieces = [stream.step(i) for i in ids]
             assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, skip_special)
@@ -152,13 +157,15 @@ def test_every_way_to_load_gives_the_same_tokenizer(tokenizer, merges, tmp_path)
 
 def test_settings_survive_loading_and_saving(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages }}", "tokenizer_class": "Qwen2Tokenizer"}
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": "{{ messages }}", "tokenizer_class": "Qwen2Tokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     again = tmp_path / "again"
     again.mkdir()
     Tokenizer.load(tmp_path).save(again)
     assert json.loads((again / "tokenizer_config.json").read_text()) == settings
-    assert json.loads((again / "special_tokens_map.json").read_text()) == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    special = json.loads((again / "special_tokens_map.json").read_text())
+    assert special == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
 def test_read_merges_accepts_windows_ends_and_a_missing_header(merges, tmp_path):
@@ -179,8 +186,8 @@ def test_read_merges_accepts_windows_ends_and_a_missing_header(merges, tmp_path)
         ("tokenizer.json", b"\xff\xfe\x00", "tokenizer.json: not UTF-8"),
         ("tokenizer.json", b"{}", "tokenizer.json: no BPE model"),
         ("tokenizer.json", b'{"model": {"type": "WordPiece", "vocab": {}}}', "tokenizer.json: no BPE model"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "tokenizer.json: damaged tokenizer"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": 3}', "tokenizer.json: damaged"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "tokenizer.json: damaged"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": 3}', "tokenizer.json: dam"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json: not valid JSON"),
         ("merges.txt", b"#version: 0.2\na b c\n", "merges.txt: line 2 is 'a b c', expected two parts"),
         ("merges.txt", b"ab\n", "merges.txt: line 1 is 'ab'"),
@@ -211,3 +218,8 @@ def test_text_that_is_no_unicode_is_refused(tokenizer):
 def test_an_absent_token_is_named(tokenizer):
     with pytest.raises(UserError, match="tokenizer has no token '<|nothing|>'".replace("|", r"\|")):
         tokenizer.token_id("<|nothing|>")
+
+
+def test_a_tokenizer_can_be_sent_to_worker_processes(tokenizer):
+    """Copying goes through the same state as sending it to a data worker."""
+    assert same_tokenizer(copy.deepcopy(tokenizer), tokenizer)

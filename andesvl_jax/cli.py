@@ -1,0 +1,207 @@
+"""`andesvl <verb>`: train, question, evaluate and export AndesVL models from the command line."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "andesvl-jax" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+from andesvl_jax.errors import UserError  # noqa: E402 (the environment above must stand before jax is imported)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns 0, or 2 after a sentence on standard error about what was wrong with the input."""
+    args = _parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except UserError as error:
+        print(f"andesvl: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a missing permission: the person can mend it
+        print(f"andesvl: {error.filename or 'file system'}: {error.strerror or error}; nothing saved before is lost.", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="andesvl", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run, summary: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        return sub
+
+    demo = verb("demo", _demo, "train nano, question it, compress its cache and weights, export it, write a report")
+    demo.add_argument("--out", default="out/demo", help="run directory (default: %(default)s)")
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the training configuration")
+
+    chat = verb("chat", _chat, "ask a model about pictures")
+    chat.add_argument("question", help="may hold <image> marks for the places of the pictures; without marks they come first")
+    chat.add_argument("--model", required=True, help="checkpoint directory")
+    chat.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--thinking", action="store_true", help="let the model reason inside <think>")
+    chat.add_argument("--max-new-tokens", type=int, default=256)
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    chat.add_argument("--top-k", type=int, default=0)
+    chat.add_argument("--top-p", type=float, default=1.0)
+    chat.add_argument("--repetition-penalty", type=float, default=1.0)
+    chat.add_argument("--presence-penalty", type=float, default=0.0)
+    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--kv-policy", help="cache eviction after the prompt: okv, snapkv or streaming")
+    chat.add_argument("--kv-budget", type=_budget, default=0.5, help="share (0.25) or number (512) of cache slots that stay")
+    chat.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+
+    info = verb("info", _info, "parameters and bytes of a checkpoint or of a configuration by name")
+    info.add_argument("--model", required=True, help="checkpoint directory, or a name such as andesvl-4b")
+
+    train = verb("train", _train, "train a model")
+    train.add_argument("--config", required=True, help="Python file with get_config(), e.g. configs/nano_demo.py")
+    train.add_argument("--out", required=True, help="run directory")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field, e.g. optimizer.decoder=1e-3")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+
+    evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled-picture controls")
+    evaluate.add_argument("--model", required=True, help="checkpoint directory")
+    evaluate.add_argument("--benchmark", default="nano-val", choices=("nano-val",))
+    evaluate.add_argument("--per-task", type=int, default=200, help="questions of each task (default: %(default)s)")
+    evaluate.add_argument("--kv-policy")
+    evaluate.add_argument("--kv-budget", type=_budget, default=0.5)
+
+    export = verb("export", _export, "write StableHLO or LiteRT artifacts and check them against the model")
+    export.add_argument("--model", required=True, help="checkpoint directory")
+    export.add_argument("--format", required=True, choices=("stablehlo", "litert"))
+    export.add_argument("--out", required=True)
+    export.add_argument("--quantize", choices=("int8",), help="LiteRT only: weights as int8")
+
+    bench = verb("bench", _bench, "time this network beside the same network in PyTorch")
+    bench.add_argument("name", choices=("decode", "train_step"))
+    bench.add_argument("--config", default="andesvl-0.6b", help="a configuration by name (default: %(default)s)")
+    return parser
+
+
+def _budget(text: str) -> float | int:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 0.25 nor a number of slots such as 512") from None
+
+
+def _load(path: str, **options: Any):
+    from andesvl_jax import load
+
+    return load(path, **options)
+
+
+def _demo(args) -> dict[str, Any]:
+    from andesvl_jax.demo import run_demo
+
+    return run_demo(Path(args.out), args.set, _command())
+
+
+def _chat(args) -> dict[str, Any]:
+    import numpy as np
+
+    from andesvl_jax.decoding.api import chat_sample, stream
+    from andesvl_jax.inputs.tokenizer import DecodeStream
+
+    bundle = _load(args.model, dtype=args.dtype)
+    question = args.question if "<image>" in args.question else "<image>" * len(args.image) + args.question
+    messages = ([{"role": "system", "content": args.system}] if args.system else []) + [{"role": "user", "content": question}]
+    sample = chat_sample(bundle, messages, args.image, args.thinking)
+    text = DecodeStream(bundle.tokenizer)
+    written, first, began = 0, None, time.perf_counter()
+    for answer in stream(
+        bundle, [sample], args.max_new_tokens, args.temperature, chunk=1 if sys.stdout.isatty() else 16, top_k=args.top_k,
+        top_p=args.top_p, repetition_penalty=args.repetition_penalty, presence_penalty=args.presence_penalty, seed=args.seed,
+        kv_policy=args.kv_policy, kv_budget=args.kv_budget,
+    ):  # fmt: skip
+        ids = answer.ids[0]
+        first = first or (time.perf_counter(), len(ids))
+        print("".join(text.step(int(i)) for i in ids[written:]), end="", flush=True)
+        written = len(ids)
+    print(text.flush())
+    now = time.perf_counter()
+    return {
+        "text": bundle.tokenizer.decode(ids),
+        "ids": ids.tolist(),
+        "prompt_tokens": len(sample.tokens),
+        "visual_tokens": sample.patches // 4,
+        "prefill_tokens_per_s": len(sample.tokens) / (first[0] - began),
+        "decode_tokens_per_s": (len(ids) - first[1]) / (now - first[0]) if len(ids) > first[1] else None,
+        "kv_bytes": answer.kv_bytes,
+        "kv_slots": answer.kv_slots,
+        "accepted_length": float(np.float64(1.0)),
+    }
+
+
+def _info(args) -> dict[str, Any]:
+    from andesvl_jax.compression.accounting import describe_checkpoint
+
+    result = describe_checkpoint(args.model)
+    for part, number in result["parameters"].items():
+        print(f"{part:12s} {number:>15,d} parameters")
+    for key in ("bytes_on_disk", "bpw_body", "bpw_all", "kv_bytes_per_token"):
+        print(f"{key:20s} {'not on disk' if result[key] is None else format(result[key], ',')}")
+    return result
+
+
+def _train(args) -> dict[str, Any]:
+    from andesvl_jax.training.config import load_config
+    from andesvl_jax.training.train import train
+
+    config = load_config(args.config, args.set)
+    train(config, args.out, args.resume, _command())
+    return {"out": args.out, "model": f"{args.out}/model", "steps": config.steps}
+
+
+def _evaluate(args) -> dict[str, Any]:
+    from andesvl_jax.evaluation.benchmarks import nano_validation
+    from andesvl_jax.evaluation.evaluate import as_json, evaluate
+    from andesvl_jax.evaluation.report import results_table
+    from andesvl_jax.evaluation.scorers import wilson
+
+    began = time.perf_counter()
+    results = evaluate(_load(args.model), nano_validation(args.per_task), kv_policy=args.kv_policy, kv_budget=args.kv_budget)
+    print(results_table(results))
+    n = sum(r.n for r in results.values())
+    mean = lambda name: sum(getattr(r, name) * r.n for r in results.values()) / n  # noqa: E731
+    low, high = wilson(round(mean("accuracy") * n), n)
+    return {
+        "benchmark": args.benchmark, "n": n, "score": mean("accuracy"), "low": low, "high": high, "blind": mean("blind"),
+        "shuffled": mean("shuffled"), "seconds": time.perf_counter() - began, "tasks": as_json(results),
+    }  # fmt: skip
+
+
+def _export(args) -> dict[str, Any]:
+    from andesvl_jax.export import export
+
+    result = export(_load(args.model), Path(args.out), args.format, args.quantize)
+    for name, size in result["files"].items():
+        print(f"{name:28s} {size:>12,d} bytes")
+    for stage, check in result["checks"].items():
+        print(f"{stage:28s} max |difference| {check['max_abs_diff']:.2e}  {'ok' if check['ok'] else 'DIFFERS'}")
+    return result
+
+
+def _bench(args) -> dict[str, Any]:
+    raise NotImplementedError(args.name)
+
+
+def _command() -> str:
+    return shlex.join(["andesvl", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

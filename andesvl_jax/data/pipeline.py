@@ -1,0 +1,114 @@
+"""Grain pipeline: a weighted mixture of task families -> samples -> packed batches, with a state small enough to checkpoint."""
+
+from dataclasses import dataclass, field
+from typing import Mapping
+
+import grain
+import numpy as np
+from grain import experimental as grain_experimental
+
+from andesvl_jax.data.examples import Example
+from andesvl_jax.data.registry import TASKS, render
+from andesvl_jax.errors import UserError
+from andesvl_jax.inputs.chat import render_training
+from andesvl_jax.inputs.image import ImageProcessor, prepare_image
+from andesvl_jax.inputs.packing import Batch, Budget, Sample, assemble, make_sample
+from andesvl_jax.inputs.tokenizer import Tokenizer
+
+LOOK_AHEAD = 8  # samples that may wait for a later batch when they fit no row of this one
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Share of each task family; families with weight 0 are left out."""
+
+    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    split: str = "train"
+    seed: int = 0
+
+    def __post_init__(self):
+        unknown = sorted(set(self.weights) - set(TASKS))
+        if unknown:
+            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {', '.join(TASKS)}.")
+        if not any(weight > 0 for weight in self.weights.values()):
+            raise UserError(f"data.weights is {dict(self.weights)}: the dataset is empty, expected a positive weight for some family.")
+
+
+def examples(mixture: Mixture) -> grain.MapDataset:
+    """An endless random-access dataset: element i is a pure function of (mixture, i)."""
+    weights = {family: weight for family, weight in mixture.weights.items() if weight > 0}
+
+    def of(family: str) -> grain.MapDataset:
+        return grain.MapDataset.range(1 << 40).map(lambda i, family=family: render(family, mixture.seed, int(i), mixture.split))
+
+    return grain.MapDataset.mix([of(family) for family in weights], list(weights.values()))
+
+
+def to_sample(example: Example, tokenizer: Tokenizer, processor: ImageProcessor) -> Sample:
+    """One example as a conversation: its pictures stand before the first question."""
+    prepared = [prepare_image(image, processor) for image in example.images]
+    messages = []
+    for i, turn in enumerate(example.turns):
+        question = [{"type": "image"}] * (len(prepared) if i == 0 else 0) + [{"type": "text", "text": turn.question}]
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
+    ids, supervised = render_training(messages, tokenizer, [p.visual_tokens for p in prepared])
+    return make_sample(ids, supervised, prepared, tokenizer.image_token_id)
+
+
+class PackedBatches(grain.IterDataset[Batch]):
+    """Packs an endless MapDataset of samples into batches of one static shape."""
+
+    def __init__(self, samples: grain.MapDataset, budget: Budget, patch_features: int):
+        super().__init__()
+        self._samples, self._budget, self._patch_features = samples, budget, patch_features
+
+    def __iter__(self) -> "PackedIterator":
+        return PackedIterator(self._samples, self._budget, self._patch_features)
+
+
+class PackedIterator(grain.DatasetIterator[Batch]):
+    """State: the next sample to draw and the indices of those that still wait for a row."""
+
+    def __init__(self, samples: grain.MapDataset, budget: Budget, patch_features: int):
+        super().__init__()
+        self._samples, self._budget, self._patch_features = samples, budget, patch_features
+        self._next, self._waiting = 0, {}
+
+    def __next__(self) -> Batch:
+        rows: list[list[Sample]] = [[] for _ in range(self._budget.rows)]
+        for index, sample in list(self._waiting.items()):
+            if self._place(rows, sample):
+                del self._waiting[index]
+        while len(self._waiting) < LOOK_AHEAD:
+            index, self._next = self._next, self._next + 1
+            sample = self._samples[index]
+            if not self._budget.holds([sample]):
+                raise UserError(
+                    f"sample {index} has {len(sample.tokens)} tokens, {sample.patches} patches and {sample.targets} targets, "
+                    f"expected at most {self._budget.tokens}, {self._budget.patches} and {self._budget.targets} (budget)."
+                )
+            if not self._place(rows, sample):
+                self._waiting[index] = sample
+        return assemble(rows, self._budget, self._patch_features)
+
+    def _place(self, rows: list[list[Sample]], sample: Sample) -> bool:
+        fitting = [row for row in rows if self._budget.holds([*row, sample])]
+        if fitting:
+            max(fitting, key=lambda row: sum(len(s.tokens) for s in row)).append(sample)  # best fit: the fullest row
+        return bool(fitting)
+
+    def get_state(self) -> dict:
+        waiting = np.full(LOOK_AHEAD, -1, np.int64)
+        waiting[: len(self._waiting)] = list(self._waiting)
+        return {"next": self._next, "waiting": waiting.tolist()}
+
+    def set_state(self, state: dict) -> None:
+        self._next = int(state["next"])
+        self._waiting = {int(i): self._samples[int(i)] for i in state["waiting"] if i >= 0}
+
+
+def batches(mixture: Mixture, tokenizer: Tokenizer, processor: ImageProcessor, budget: Budget, patch_features: int):
+    """The training input: an endless Grain dataset of packed batches, prepared one ahead in a thread."""
+    samples = examples(mixture).map(lambda example: to_sample(example, tokenizer, processor))
+    packed = PackedBatches(samples, budget, patch_features)
+    return grain_experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2)

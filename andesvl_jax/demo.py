@@ -1,0 +1,172 @@
+"""`andesvl demo`: everything once, on a laptop CPU: train, evaluate, ask, evict, quantize, export, run the exports, report."""
+
+import itertools
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Sequence
+
+import jax
+import numpy as np
+
+from andesvl_jax.checkpoints.bundle import Bundle
+from andesvl_jax.compression.accounting import bits_per_weight, tree_bytes
+from andesvl_jax.data.corpus import corpus, train_tokenizer
+from andesvl_jax.decoding.api import chat_sample, stream
+from andesvl_jax.decoding.generate import visual_tokens
+from andesvl_jax.evaluation.benchmarks import VALIDATION_SEED, Item, nano_validation
+from andesvl_jax.evaluation.evaluate import TaskResult, answers, as_json, evaluate
+from andesvl_jax.evaluation.report import cards, loss_curve, results_table, write_report
+from andesvl_jax.evaluation.scorers import correct
+from andesvl_jax.export import export
+from andesvl_jax.inputs.image import prepare_image
+from andesvl_jax.inputs.packing import assemble_prompts, bucket, make_sample
+from andesvl_jax.model.andesvl import describe
+from andesvl_jax.training.config import TrainConfig, with_changes
+from andesvl_jax.training.metrics import environment, read_metrics
+from andesvl_jax.training.train import train
+from andesvl_jax.weights import ALL_MATRICES, count, quantize_leaves
+
+TRAINING = TrainConfig()
+TARGETS = {"handwritten": 0.9, "colour": 0.9, "count": 0.9, "word": 0.6}  # accuracy; every task also 0.3 above blind
+PER_TASK, PER_TASK_COMPRESSED = 150, 40
+IMAGES = 1000  # pictures of random sizes in the count of compiled programs
+LARGEST = 280  # pixels of their longer side at most
+TABLES, GROUP = r"decoder\.embedding", 32  # weights per scale at 4 bits
+
+
+def run_demo(out: Path, changes: Sequence[str], command: str) -> dict[str, Any]:
+    """Runs every stage and returns the stable keys of `andesvl demo --json`. `out`/report.html and `out`/model stay."""
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True)
+
+    config = with_changes(TRAINING, changes)
+    out.mkdir(parents=True, exist_ok=True)
+    say("tokenizer: byte-level BPE on the training questions and English text")
+    train_tokenizer(corpus(config.seed), out / "tokenizer.json")
+    say(f"training nano, {count(describe(config.model)):,} parameters, {config.steps} steps")
+    bundle = train(config, out, command=command)
+
+    say("evaluation on unseen content, beside blind and shuffled-picture controls")
+    items = nano_validation(PER_TASK)
+    results = evaluate(bundle, items)
+    print(results_table(results))
+    missed = shortfalls(results)
+    for line in missed:
+        print(f"below target: {line}")
+
+    say("a few questions about held-out pictures")
+    shown = _few_of_each(nano_validation(3, seed=VALIDATION_SEED + 1))
+    replies = answers(bundle, shown)
+    for item, reply in list(zip(shown, replies, strict=True))[::3]:
+        print(f"  {item.task}: {item.question}  ->  {reply}")
+
+    say("cache eviction: half and three quarters of the prompt")
+    fewer = _few_of_each(items, PER_TASK_COMPRESSED)
+    eviction = [_evicted(bundle, fewer, policy, budget) for policy, budget in _EVICTIONS]
+    say("weights to int8 and int4")
+    quantized = [_quantized(bundle, fewer, bits) for bits in (None, 8, 4)]
+    say(f"{IMAGES} pictures of random sizes through the encoder")
+    programs, buckets = compiled_programs(bundle)
+    print(f"  {programs} compiled programs for {buckets} buckets")
+
+    say("export to StableHLO and LiteRT, each run in a fresh process")
+    exported = {name: export(bundle, out / "export" / name, *name.split("-")) for name in ("stablehlo", "litert", "litert-int8")}
+    checks = [{"artifact": name, "stage": stage} | check for name, done in exported.items() for stage, check in done["checks"].items()]
+    files = {f"{name}/{file}": size for name, done in exported.items() for file, size in done["files"].items()}
+
+    seconds = time.perf_counter() - began
+    report = out / "report.html"
+    metrics = read_metrics(out)
+    write_report(
+        report, command=command, seconds=seconds, parameters=count(describe(config.model)), results=results, missed=missed,
+        curve=loss_curve(metrics), training=_training_line(config, metrics), cards=cards(shown, replies), eviction=eviction,
+        quantized=quantized, exports=checks, files=files, images=IMAGES, compiled_programs=programs, buckets=buckets,
+        environment=_flat(environment()),
+    )  # fmt: skip
+    say(f"report: {report}; ask the model: andesvl chat --model {out / 'model'} --image FILE \"How many shapes are there?\"")
+    return {
+        "seconds": seconds,
+        "tasks": {task: {k: row[k] for k in ("accuracy", "blind", "shuffled", "n")} for task, row in as_json(results).items()},
+        "compiled_programs": programs,
+        "buckets": buckets,
+        "export_equal": all(check["ok"] for check in checks),
+        "report": str(report),
+    }
+
+
+def shortfalls(results: dict[str, TaskResult]) -> list[str]:
+    """What misses the project's targets, one sentence each."""
+    out = []
+    for task, result in results.items():
+        target = TARGETS.get(task, 0.0)
+        if result.accuracy < target:
+            out.append(f"{task} {result.accuracy:.1%}, target {target:.0%}")
+        if result.accuracy - result.blind < 0.3:
+            out.append(f"{task} {100 * (result.accuracy - result.blind):.1f} points above blind, target 30")
+    return out
+
+
+def compiled_programs(bundle: Bundle, images: int = IMAGES) -> tuple[int, int]:
+    """Encodes pictures of random sizes one by one -> (programs compiled, buckets their patches fall into)."""
+    rng = np.random.default_rng(0)
+    before, buckets = visual_tokens._cache_size(), set()
+    for width, height in rng.integers(1, LARGEST + 1, (images, 2)):
+        picture = prepare_image(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), bundle.image_processor)
+        ids = np.full(picture.visual_tokens, bundle.config.image_token_id)
+        sample = make_sample(ids, np.zeros(len(ids), bool), [picture], bundle.config.image_token_id)
+        batch = assemble_prompts([sample], bundle.config.vision.patch_features)
+        jax.block_until_ready(visual_tokens(bundle.decoding_params, bundle.config, batch.images))
+        buckets.add(bucket(sample.patches))
+    return visual_tokens._cache_size() - before, len(buckets)
+
+
+_EVICTIONS = ((None, 1.0), ("okv", 0.5), ("snapkv", 0.5), ("streaming", 0.5), ("okv", 0.25), ("snapkv", 0.25), ("streaming", 0.25))
+
+
+def _evicted(bundle: Bundle, items: Sequence[Item], policy: str | None, budget: float) -> dict[str, Any]:
+    right = _accuracy(bundle, items, kv_policy=policy, kv_budget=budget)
+    item = items[-1]
+    content = [{"type": "image", "image": item.images[0]}, {"type": "text", "text": item.question}]
+    sample = chat_sample(bundle, [{"role": "user", "content": content}])
+    *_, answer = stream(bundle, [sample], 1, kv_policy=policy, kv_budget=budget)
+    row = {"policy": policy or "everything kept", "budget": budget, "bytes": answer.kv_bytes, "accuracy": right}
+    print(f"  {row['policy']:<16} {budget:>5.0%} of the prompt  accuracy {right:.1%}")
+    return row
+
+
+def _quantized(bundle: Bundle, items: Sequence[Item], bits: int | None) -> dict[str, Any]:
+    params = bundle.params
+    if bits is not None:
+        group = None if bits == 8 else GROUP
+        params = quantize_leaves(params, ALL_MATRICES, bits, group)
+        params = quantize_leaves(params, TABLES, 8, axis=-1)
+    body, everything = bits_per_weight(params, bundle.config)
+    name = "float32" if bits is None else f"int{bits}, embedding int8"
+    right = _accuracy(replace(bundle, params=params), items)
+    print(f"  {name:<22} {tree_bytes(params):>12,} bytes  accuracy {right:.1%}")
+    return {"name": name, "bytes": tree_bytes(params), "bpw_body": body, "bpw_all": everything, "accuracy": right}
+
+
+def _accuracy(bundle: Bundle, items: Sequence[Item], **options: Any) -> float:
+    texts = answers(bundle, items, **options)
+    return float(np.mean([correct(item.task, text, item.answer) for item, text in zip(items, texts, strict=True)]))
+
+
+def _few_of_each(items: Sequence[Item], number: int = 3) -> list[Item]:
+    groups = itertools.groupby(items, key=lambda item: item.task)
+    return [item for _, group in groups for item in itertools.islice(group, number)]
+
+
+def _training_line(config: TrainConfig, metrics: Sequence[dict[str, float]]) -> str:
+    last = metrics[-1]
+    return (
+        f"{config.steps} steps of {config.budget.rows} packed rows of {config.budget.tokens} tokens and {config.budget.patches} "
+        f"patches in {last['seconds']:.0f} s ({last['tokens_per_s']:,.0f} tokens/s), final loss {last['loss']:.3f}, seed {config.seed}."
+    )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, str]:
+    return {k: ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else str(v) for k, v in values.items()}

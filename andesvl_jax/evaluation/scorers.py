@@ -1,0 +1,54 @@
+"""Was an answer right? One rule per task, and the interval of an accuracy.
+
+Sources: answer format and centre rule of the AndesVL evaluation (0-1000 boxes, centre of the predicted box inside the true one).
+"""
+
+import re
+
+Box = tuple[int, int, int, int]
+_BOX = re.compile(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)")
+BOX_TASKS = ("box",)  # objects: intersection over union at least one half
+CENTRE_TASKS = ("grounding", "screen_qa")  # widgets: a tap on the centre of the predicted box hits
+
+
+def correct(task: str, predicted: str, truth: str) -> bool:
+    """Text answers match but for case and surrounding white space; boxes by IoU >= 0.5 or by their centre."""
+    if task in BOX_TASKS or task in CENTRE_TASKS:
+        guess, target = parse_box(predicted), parse_box(truth)
+        if guess is None or target is None:
+            return False
+        return iou(guess, target) >= 0.5 if task in BOX_TASKS else inside(centre(guess), target)
+    return predicted.strip().casefold() == truth.strip().casefold()
+
+
+def parse_box(text: str) -> Box | None:
+    """The first "(x1,y1),(x2,y2)" in a text, or None."""
+    match = _BOX.search(text)
+    return None if match is None else tuple(int(g) for g in match.groups())
+
+
+def centre(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def inside(point: tuple[float, float], box: Box) -> bool:
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+
+
+def iou(a: Box, b: Box) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    overlap = max(width, 0) * max(height, 0)
+    area = lambda box: max(box[2] - box[0], 0) * max(box[3] - box[1], 0)  # noqa: E731
+    union = area(a) + area(b) - overlap
+    return overlap / union if union else 0.0
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % Wilson score interval of an accuracy hits / n; (0, 1) of nothing."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = hits / n, z * z
+    middle = (p + zz / (2 * n)) / (1 + zz / n)
+    half = z / (1 + zz / n) * (p * (1 - p) / n + zz / (4 * n * n)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,101 @@
+"""What a training run is: one frozen dataclass, made by a Python file under configs/ and changed by `--set key=value`."""
+
+import ast
+import dataclasses
+import difflib
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Sequence
+
+from andesvl_jax.config import CONFIGS, AndesVLConfig
+from andesvl_jax.data.pipeline import Mixture
+from andesvl_jax.errors import UserError
+from andesvl_jax.inputs.packing import Budget
+
+PARTS = ("vision", "projector", "decoder")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW. Learning rates are peaks per part; 0 freezes the part."""
+
+    vision: float = 2e-3
+    projector: float = 2e-3
+    decoder: float = 2e-3
+    warmup_steps: int = 50
+    final_fraction: float = 0.02  # of the peak, where the cosine ends
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.05  # on matrices and tables, not on norms and biases
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: AndesVLConfig = CONFIGS["nano"]
+    init_from: str | None = None  # checkpoint directory to start from
+    tokenizer: str | None = None  # directory with tokenizer.json; None: that of init_from
+    data: Mixture = field(default_factory=Mixture)
+    budget: Budget = Budget(rows=16, tokens=224, patches=160, targets=96)
+    max_size: int = 733  # square root of the pixel budget of a picture
+    optimizer: Optimizer = Optimizer()
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep: int = 2  # checkpoints
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training field {name}: found {getattr(self, name)}, expected at least 1.")
+        if all(getattr(self.optimizer, part) == 0 for part in PARTS):
+            raise UserError("training field optimizer: every part has learning rate 0, expected one that trains.")
+
+
+def load_config(path: str, changes: Sequence[str] = ()) -> TrainConfig:
+    """Runs a config file's `get_config()` and applies "optimizer.decoder=1e-3"-style changes.
+
+    Raises:
+      UserError: no such file or function, an unknown field, or a value that is no Python literal.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config file.")
+    make = runpy.run_path(path).get("get_config")
+    if make is None:
+        raise UserError(f"{path}: has no get_config(), expected a function that returns a TrainConfig.")
+    return with_changes(make(), changes)
+
+
+def with_changes(config: TrainConfig, changes: Sequence[str]) -> TrainConfig:
+    """Applies "key.subkey=value" changes. Raises UserError for an unknown field or a value of another type."""
+    for change in changes:
+        key, separator, text = change.partition("=")
+        if not separator:
+            raise UserError(f"--set {change!r}: expected key=value.")
+        config = _with_field(config, key.split("."), _literal(text), key)
+    return config
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _with_field(config: Any, path: list[str], value: Any, key: str) -> Any:
+    if not dataclasses.is_dataclass(config):
+        raise UserError(f"--set {key}: {path[0]!r} is inside a plain value, expected the name of the whole value.")
+    names = [f.name for f in dataclasses.fields(config)]
+    if path[0] not in names:
+        near = difflib.get_close_matches(path[0], names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}."
+        raise UserError(f"--set {key}: unknown field {path[0]!r}; {hint}")
+    old = getattr(config, path[0])
+    new = value if len(path) == 1 else _with_field(old, path[1:], value, key)
+    if isinstance(old, (int, float)) and not isinstance(new, (int, float)):
+        raise UserError(f"--set {key}: found {new!r}, expected a number like {old!r}.")
+    return dataclasses.replace(config, **{path[0]: new})

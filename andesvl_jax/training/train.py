@@ -1,0 +1,137 @@
+"""The training loop, top to bottom: data, parameters, one jitted and donated step, metrics, checkpoints.
+
+B batch rows, T tokens, P patches, M supervised tokens of a row.
+"""
+
+import functools
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from tqdm import tqdm
+
+from andesvl_jax.checkpoints.bundle import Bundle
+from andesvl_jax.checkpoints.hf import load, save
+from andesvl_jax.config import AndesVLConfig
+from andesvl_jax.data.pipeline import batches
+from andesvl_jax.errors import UserError
+from andesvl_jax.inputs.image import ImageProcessor
+from andesvl_jax.inputs.packing import Batch
+from andesvl_jax.inputs.tokenizer import Tokenizer
+from andesvl_jax.model.andesvl import AndesVL, describe, forward, unstack_layers
+from andesvl_jax.training.checkpoint import open_manager, restore_latest, save_checkpoint
+from andesvl_jax.training.config import Optimizer, TrainConfig
+from andesvl_jax.training.metrics import MetricsWriter, write_run_record
+from andesvl_jax.training.objectives import cross_entropy
+from andesvl_jax.training.optimizer import freeze, make_optimizer
+from andesvl_jax.weights import initialize
+
+MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run stops
+
+
+@struct.dataclass
+class TrainState:
+    step: jax.Array  # int32 []
+    params: AndesVL
+    optimizer: optax.OptState
+    skipped: jax.Array  # int32 [], steps in a row that were not finite
+
+
+def loss_fn(params: AndesVL, config: AndesVLConfig, batch: Batch, optimizer: Optimizer) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy over the supervised tokens of the whole batch, and their number."""
+    params = freeze(params, optimizer)
+    if jax.default_backend() == "cpu":  # measured by `andesvl bench train_step`: a scanned step is slower there
+        params = unstack_layers(params)
+    total, count = cross_entropy(params, forward(params, config, batch), batch.target_slots, batch.targets)
+    return total / jnp.maximum(count, 1.0), count
+
+
+@functools.partial(jax.jit, static_argnames=("config", "optimizer", "steps"), donate_argnames=("state",))
+def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer: Optimizer, steps: int):
+    """One update. A loss or gradient that is not finite leaves parameters and moments as they were.
+
+    Returns:
+      the new state; metrics: loss, gradient_norm, update_norm, targets, tokens, skipped (steps in a row), float32 [] each.
+    """
+    (loss, targets), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, config, batch, optimizer)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, moments = make_optimizer(optimizer, describe(config), steps).update(grads, state.optimizer, state.params)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+    new = TrainState(
+        step=state.step + 1,
+        params=keep(optax.apply_updates(state.params, updates), state.params),
+        optimizer=keep(moments, state.optimizer),
+        skipped=jnp.where(finite, 0, state.skipped + 1),
+    )
+    metrics = {
+        "loss": loss, "gradient_norm": norm, "update_norm": optax.global_norm(updates), "targets": targets,
+        "tokens": jnp.sum(batch.segments >= 0), "skipped": new.skipped,
+    }  # fmt: skip
+    return new, metrics
+
+
+def init_state(config: TrainConfig, params: AndesVL | None = None) -> TrainState:
+    """Fresh parameters (or those given) with fresh moments."""
+    if params is None:
+        params = initialize(describe(config.model), jax.random.key(config.seed), config.model.param_dtype)
+    moments = make_optimizer(config.optimizer, describe(config.model), config.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, moments, jnp.zeros((), jnp.int32))
+
+
+def train(config: TrainConfig, out: str | Path, resume: bool = False, command: str = "") -> Bundle:
+    """Runs `config.steps` steps and writes `out`/model (HF layout), checkpoints, metrics and the record of the run.
+
+    Raises:
+      UserError: `out` holds a run and resume is False, there is no tokenizer, or the loss stays non-finite.
+    """
+    out = Path(out)
+    manager = open_manager(out / "checkpoints", config.keep)
+    if manager.latest_step() is not None and not resume:
+        raise UserError(f"{out}: holds a run up to step {manager.latest_step()}; give --resume or another --out.")
+
+    # ---- model and data
+    start = None if config.init_from is None else load(config.init_from, config.model.param_dtype)
+    tokenizer = start.tokenizer if config.tokenizer is None and start else Tokenizer.load(config.tokenizer or out)
+    if tokenizer is None:
+        raise UserError(f"{config.tokenizer or out}: has no tokenizer.json, expected one beside the run or in init_from.")
+    model = config.model.replace(image_token_id=tokenizer.image_token_id)
+    processor = ImageProcessor.from_hf({}, model.vision, max_size=config.max_size)
+    data = iter(batches(config.data, tokenizer, processor, config.budget, model.vision.patch_features))
+    state = init_state(config, None if start is None else start.params)
+    if resume:
+        state = restore_latest(manager, state, data)
+    write_run_record(out, config, command)
+
+    # ---- steps
+    first, seen, began = int(state.step), 0, time.perf_counter()
+    with MetricsWriter(out) as writer, tqdm(total=config.steps, initial=first, unit="step", disable=None) as bar:
+        for step in range(first + 1, config.steps + 1):
+            waited = time.perf_counter()
+            batch = next(data)
+            waited = time.perf_counter() - waited
+            state, metrics = train_step(state, batch, model, config.optimizer, config.steps)
+            seen += int(np.count_nonzero(batch.segments >= 0))
+            if step % config.log_every == 0 or step in (first + 1, config.steps):
+                values = {name: float(value) for name, value in metrics.items()}
+                values["tokens_per_s"] = seen / (time.perf_counter() - began)
+                writer.write(step, values | {"data_wait_s": waited, "seconds": time.perf_counter() - began})
+                bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{values['tokens_per_s']:.0f}")
+                if values["skipped"] >= MAX_SKIPPED:
+                    raise UserError(
+                        f"step {step}: the loss or gradient was not finite in {MAX_SKIPPED} steps in a row; expected finite values: "
+                        f"lower optimizer rates and --resume from step {manager.latest_step()}."
+                    )
+            bar.update()
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                save_checkpoint(manager, step, state, data)
+    manager.wait_until_finished()
+    manager.close()
+
+    bundle = Bundle(model, state.params, tokenizer, processor, {"do_sample": False, "eos_token_id": [tokenizer.im_end_id]})
+    save(bundle, out / "model")
+    return bundle

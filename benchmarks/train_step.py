@@ -1,0 +1,104 @@
+"""One optimizer step of the whole network beside the same network in PyTorch on CPU: packed rows, pictures, float32.
+
+Run: `python benchmarks/train_step.py --config nano`, or `make bench` for everything.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file, however it is run
+from timing import config_by_name, fastest_threads, in_turns, machine_rows, main, row, seconds
+
+from andesvl_jax.checkpoints.hf import params_to_hf
+from andesvl_jax.config import AndesVLConfig
+from andesvl_jax.inputs.image import ImageProcessor, Patches, patchify
+from andesvl_jax.inputs.packing import Batch, Budget, Sample, assemble, make_sample
+from andesvl_jax.training.config import Optimizer, TrainConfig
+from andesvl_jax.training.train import init_state, train_step
+
+GRIDS = ((8, 8), (8, 10))  # patches (rows, columns) of the two pictures of a row, each with its own conversation
+TEXT = 80  # tokens of text of a conversation
+SUPERVISED = 30  # of them, the last ones
+OPTIMIZER = Optimizer(warmup_steps=2)
+SCHEDULE_STEPS = 100
+AGREEING_STEPS = 5  # before timing; the rate of the first one is 0, so losses part from the third on
+IMAGE_TOKEN = 1
+
+
+def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
+    """Times training steps of both sides in turns and returns {"name", "rows"}.
+
+    Raises:
+      UserError: PyTorch is not installed, or the configuration is unknown or has an encoder the PyTorch side lacks.
+    """
+    import peer  # needs PyTorch
+
+    config = config_by_name(config_name).replace(image_token_id=IMAGE_TOKEN)
+    rows, runs = (2, 2) if quick else (16, 7)
+    batch = packed_batch(config, rows)
+    state = init_state(TrainConfig(model=config, optimizer=OPTIMIZER, steps=SCHEDULE_STEPS))
+    network = peer.Network(config, params_to_hf(state.params, config))
+    o = OPTIMIZER
+    trainer = peer.Trainer(network, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm)
+    torch_batch = peer.TorchBatch(config, batch)
+    rate = optax.warmup_cosine_decay_schedule(0.0, o.decoder, o.warmup_steps, SCHEDULE_STEPS, o.decoder * o.final_fraction)
+    losses: list[float] = []
+    peer_losses: list[float] = []
+
+    def ours() -> None:
+        nonlocal state
+        state, metrics = train_step(state, batch, config, OPTIMIZER, SCHEDULE_STEPS)
+        losses.append(float(jax.block_until_ready(metrics)["loss"]))
+        jax.block_until_ready(state)
+
+    def theirs() -> None:
+        peer_losses.append(trainer.step(torch_batch, float(rate(len(peer_losses)))))
+
+    threads = fastest_threads(peer.torch.set_num_threads, lambda: network(torch_batch).backward())
+    for _ in range(AGREEING_STEPS):
+        ours()  # the first call compiles
+        theirs()
+    a, b = in_turns(lambda: seconds(ours), lambda: seconds(theirs), runs)
+    tokens = int(np.count_nonzero(batch.segments >= 0))
+    patches = int(np.count_nonzero(batch.images.segments >= 0))
+    return {
+        "name": f"train_step {config_name}",
+        "rows": [
+            *machine_rows(threads),
+            *(
+                row(f"loss of step {step}", losses[step - 1], "nats", peer_losses[step - 1])
+                for step in (1, AGREEING_STEPS)
+            ),
+            row("difference of the losses, step 1", abs(losses[0] - peer_losses[0]), "nats"),
+            row(f"difference, step {AGREEING_STEPS}", abs(losses[AGREEING_STEPS - 1] - peer_losses[AGREEING_STEPS - 1]), "nats"),
+            row("tokens of a step", tokens, "tokens"),
+            row("patches of a step", patches, "patches"),
+            row("forward, backward, AdamW", 1000 * a, "ms", 1000 * b, b / a),
+            row("training speed", tokens / a, "tokens/s", tokens / b, b / a),
+        ],
+    }
+
+
+def packed_batch(config: AndesVLConfig, rows: int) -> Batch:
+    """Rows of two conversations, each about a picture of noise; the shape of nano's training batches."""
+    rng = np.random.default_rng(0)
+    packed = [[_conversation(config, rng, grid) for grid in GRIDS] for _ in range(rows)]
+    return assemble(packed, Budget(rows, tokens=224, patches=160, targets=96), config.vision.patch_features)
+
+
+def _conversation(config: AndesVLConfig, rng: np.random.Generator, grid: tuple[int, int]) -> Sample:
+    side = config.vision.patch_size
+    canvas = rng.integers(0, 256, (grid[0] * side, grid[1] * side, 3), np.uint8)
+    picture = Patches(canvas, *patchify(canvas, ImageProcessor(patch_size=side)))
+    tokens = np.concatenate([np.full(picture.visual_tokens, IMAGE_TOKEN), rng.integers(2, config.text.vocab_size, TEXT)])
+    supervised = np.arange(len(tokens)) >= len(tokens) - SUPERVISED
+    return make_sample(tokens, supervised, [picture], IMAGE_TOKEN)
+
+
+if __name__ == "__main__":
+    sys.exit(main(run, "nano", __doc__.splitlines()[0]))
