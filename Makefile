@@ -23,8 +23,8 @@ test-all: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --slow
 
 bench: .venv/.peers
-	$(BIN)/andesvl bench decode --config andesvl-0.6b
-	$(BIN)/andesvl bench train_step --config nano
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/train_step.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

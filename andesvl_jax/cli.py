@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import runpy
 import shlex
 import sys
 import time
@@ -196,7 +197,11 @@ def _export(args) -> dict[str, Any]:
 
 
 def _bench(args) -> dict[str, Any]:
-    raise NotImplementedError(args.name)
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / f"{args.name}.py"
+    if not script.is_file():
+        raise UserError(f"{script}: no such file; benchmarks run from a checkout of the repository, not from an installed package.")
+    sys.path.insert(0, str(script.parent))
+    return runpy.run_path(str(script))["run"](args.config)
 
 
 def _command() -> str:

@@ -102,7 +102,8 @@ def _check(config: AndesVLConfig) -> None:
         for item in dataclasses.fields(values):
             found = getattr(values, item.name)
             kinds = {int: (int,), float: (int, float), bool: (bool,)}.get(item.type)
-            require(kinds is None or type(found) in kinds, f"{part}.{item.name}".lstrip("."), found, f"a value of type {getattr(item.type, '__name__', '')}")
+            name, expected = f"{part}.{item.name}".lstrip("."), f"a value of type {getattr(item.type, '__name__', '')}"
+            require(kinds is None or type(found) in kinds, name, found, expected)
     for part, values in (("vision", vision), ("text", text)):
         for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "norm_eps", "rope_theta"):
             require(getattr(values, name) > 0, f"{part}.{name}", getattr(values, name), "a positive number")
@@ -136,7 +137,9 @@ def _check(config: AndesVLConfig) -> None:
         f"at least {vision.base} pixels, one visual token",
     )
     require(text.vocab_size > 0, "text.vocab_size", text.vocab_size, "a positive number")
-    require(text.head_dim > 0 and text.head_dim % 2 == 0, "text.head_dim", text.head_dim, "an even number, because RoPE pairs its halves")
+    require(
+        text.head_dim > 0 and text.head_dim % 2 == 0, "text.head_dim", text.head_dim, "an even number, because RoPE pairs its halves"
+    )
     require(
         text.num_kv_heads > 0 and text.num_heads % text.num_kv_heads == 0, "text.num_kv_heads", text.num_kv_heads,
         f"a divisor of num_heads = {text.num_heads}",
@@ -167,9 +170,9 @@ CONFIGS: dict[str, AndesVLConfig] = {
     "andesvl-2b": AndesVLConfig(text=QWEN3_1_7B),
     "andesvl-4b": AndesVLConfig(text=QWEN3_4B),
     "nano": AndesVLConfig(
-        vision=VisionConfig(hidden_size=160, intermediate_size=448, num_layers=4, num_heads=5, table_side=8),
+        vision=VisionConfig(hidden_size=128, intermediate_size=352, num_layers=3, num_heads=4, table_side=8),
         text=TextConfig(
-            vocab_size=4122, hidden_size=192, intermediate_size=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=48,
+            vocab_size=4122, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
             rope_theta=1e4, max_position_embeddings=2048,
         ),
     ),
@@ -200,7 +203,9 @@ _VISION_FIXED = {"attention_dropout": 0.0, "projection_dropout": 0.0, "temporal_
 _VISION_HANDLED = {
     "image_size", "num_patches", "preserve_original_pe", "disable_rope", "fullatt_block_indexes",
 }  # fmt: skip
-_VISION_IGNORED = {"model_type", "architectures", "min_pixels", "max_pixels", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+_VISION_IGNORED = {
+    "model_type", "architectures", "min_pixels", "max_pixels", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
+}  # fmt: skip
 _TOP_IGNORED = {
     "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "bos_token_id", "eos_token_id",
     "pad_token_id", "use_cache",

@@ -12,13 +12,13 @@ import numpy as np
 from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.compression.accounting import bits_per_weight, tree_bytes
 from andesvl_jax.data.corpus import corpus, train_tokenizer
-from andesvl_jax.decoding.api import chat_sample, stream
+from andesvl_jax.decoding.api import stream
 from andesvl_jax.decoding.generate import visual_tokens
 from andesvl_jax.evaluation.benchmarks import VALIDATION_SEED, Item, nano_validation
-from andesvl_jax.evaluation.evaluate import TaskResult, answers, as_json, evaluate
+from andesvl_jax.evaluation.evaluate import TaskResult, answers, as_json, evaluate, prompt_of
 from andesvl_jax.evaluation.report import cards, loss_curve, results_table, write_report
 from andesvl_jax.evaluation.scorers import correct
-from andesvl_jax.export import export
+from andesvl_jax.export import ExportShapes, export
 from andesvl_jax.inputs.image import prepare_image
 from andesvl_jax.inputs.packing import assemble_prompts, bucket, make_sample
 from andesvl_jax.model.andesvl import describe
@@ -32,6 +32,7 @@ TARGETS = {"handwritten": 0.9, "colour": 0.9, "count": 0.9, "word": 0.6}  # accu
 PER_TASK, PER_TASK_COMPRESSED = 150, 40
 IMAGES = 1000  # pictures of random sizes in the count of compiled programs
 LARGEST = 280  # pixels of their longer side at most
+EXPORT_SLOTS = 192  # of the exported cache: prompt, its padding and the answer
 TABLES, GROUP = r"decoder\.embedding", 32  # weights per scale at 4 bits
 
 
@@ -73,7 +74,13 @@ def run_demo(out: Path, changes: Sequence[str], command: str) -> dict[str, Any]:
     print(f"  {programs} compiled programs for {buckets} buckets")
 
     say("export to StableHLO and LiteRT, each run in a fresh process")
-    exported = {name: export(bundle, out / "export" / name, *name.split("-")) for name in ("stablehlo", "litert", "litert-int8")}
+    prompt = prompt_of(bundle, shown[0])
+    shapes = ExportShapes(patches=(bucket(prompt.patches),), prompt=(bucket(len(prompt.tokens)),), slots=EXPORT_SLOTS)
+    exported = {}
+    for name in ("stablehlo", "litert", "litert-int8"):
+        form, _, weights = name.partition("-")
+        exported[name] = export(bundle, out / "export" / name, form, weights or None, shapes, prompt)
+        print("  " + ", ".join(f"{stage} {check['max_abs_diff']:.1e}" for stage, check in exported[name]["checks"].items()) + f"  {name}")
     checks = [{"artifact": name, "stage": stage} | check for name, done in exported.items() for stage, check in done["checks"].items()]
     files = {f"{name}/{file}": size for name, done in exported.items() for file, size in done["files"].items()}
 
@@ -128,10 +135,7 @@ _EVICTIONS = ((None, 1.0), ("okv", 0.5), ("snapkv", 0.5), ("streaming", 0.5), ("
 
 def _evicted(bundle: Bundle, items: Sequence[Item], policy: str | None, budget: float) -> dict[str, Any]:
     right = _accuracy(bundle, items, kv_policy=policy, kv_budget=budget)
-    item = items[-1]
-    content = [{"type": "image", "image": item.images[0]}, {"type": "text", "text": item.question}]
-    sample = chat_sample(bundle, [{"role": "user", "content": content}])
-    *_, answer = stream(bundle, [sample], 1, kv_policy=policy, kv_budget=budget)
+    *_, answer = stream(bundle, [prompt_of(bundle, items[-1])], 1, kv_policy=policy, kv_budget=budget)
     row = {"policy": policy or "everything kept", "budget": budget, "bytes": answer.kv_bytes, "accuracy": right}
     print(f"  {row['policy']:<16} {budget:>5.0%} of the prompt  accuracy {right:.1%}")
     return row

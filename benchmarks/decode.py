@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file, however it is run
-from timing import Row, config_by_name, fastest_threads, in_turns, machine_rows, main, read_bandwidth, row, seconds
+import timing
 
 from andesvl_jax.checkpoints.hf import params_to_hf
 from andesvl_jax.config import AndesVLConfig
-from andesvl_jax.decoding.generate import DecodingState, new_tokens_of, prefill, run as generate
+from andesvl_jax.decoding.generate import DecodingState, new_tokens_of, prefill
+from andesvl_jax.decoding.generate import run as generate
 from andesvl_jax.decoding.sampling import sampling_options
 from andesvl_jax.inputs.packing import assemble_prompts, make_sample
 from andesvl_jax.model.andesvl import AndesVL, describe, for_decoding
@@ -33,21 +34,20 @@ def run(config_name: str = "andesvl-0.6b", quick: bool = False) -> dict[str, Any
     """
     import peer  # needs PyTorch
 
-    config = config_by_name(config_name)
+    config = timing.config_by_name(config_name)
     context, steps, runs = (64, 4, 2) if quick else (512, 16, 5)
     params = initialize(describe(config), jax.random.key(0), config.param_dtype)
     model = peer.build_decoder(config.text, params_to_hf(params, config))
     params = for_decoding(params)
     tokens = np.random.default_rng(0).integers(0, config.text.vocab_size, (1, context), np.int32)
 
-    threads = fastest_threads(peer.torch.set_num_threads, lambda: peer.prefill(model, tokens))
-    rows = machine_rows(threads)
-    rows += _prefill_rows(peer, model, params, config, tokens, runs)
+    share = timing.share_of_cores()
+    rows = _prefill_rows(peer, model, params, config, tokens, runs)
     rows += _decode_rows(peer, model, params, config, tokens, steps, runs)
-    return {"name": f"decode {config_name}", "rows": rows}
+    return {"name": f"decode {config_name}", "rows": [timing.quiet_row(share), *rows]}
 
 
-def _prefill_rows(peer, model, params: AndesVL, config: AndesVLConfig, tokens: np.ndarray, runs: int) -> list[Row]:
+def _prefill_rows(peer, model, params: AndesVL, config: AndesVLConfig, tokens: np.ndarray, runs: int) -> list[timing.Row]:
     """Rows about reading tokens int32 [1, T]."""
     positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
     text_only = np.full_like(tokens, -1)
@@ -56,18 +56,20 @@ def _prefill_rows(peer, model, params: AndesVL, config: AndesVLConfig, tokens: n
         last, cache = jax.block_until_ready(prefill(params, config, tokens, positions, None, text_only))
         return np.asarray(last)
 
+    threads = timing.fastest_threads(peer.torch.set_num_threads, lambda: peer.prefill(model, tokens))
     expected, found = peer.prefill(model, tokens)[0].numpy(), ours()  # also compiles
-    a, b = in_turns(lambda: seconds(ours), lambda: seconds(lambda: peer.prefill(model, tokens)), runs)
+    a, b = timing.in_turns(lambda: timing.seconds(ours), lambda: timing.seconds(lambda: peer.prefill(model, tokens)), runs)
     return [
-        row("largest logit difference after the prompt", float(np.abs(found - expected).max()), "logits"),
-        row("largest logit", float(np.abs(expected).max()), "logits"),
-        row(f"prefill of {tokens.size} tokens", tokens.size / a, "tokens/s", tokens.size / b, b / a),
+        timing.row("largest logit difference after the prompt", float(np.abs(found - expected).max()), "logits"),
+        timing.row("largest logit", float(np.abs(expected).max()), "logits"),
+        timing.row("threads, prefill", timing.cores(), "threads", threads),
+        timing.row(f"prefill of {tokens.size} tokens", tokens.size / a, "tokens/s", tokens.size / b, b / a),
     ]
 
 
 def _decode_rows(
     peer, model, params: AndesVL, config: AndesVLConfig, tokens: np.ndarray, steps: int, runs: int
-) -> list[Row]:
+) -> list[timing.Row]:
     """Rows about greedy decoding behind tokens [1, T]: `steps` tokens to warm up, then `steps` timed ones."""
     sample = make_sample(tokens[0], np.zeros(tokens.size, bool), (), -1)
     batch = assemble_prompts([sample], config.vision.patch_features)
@@ -95,16 +97,20 @@ def _decode_rows(
         return spent
 
     ours()  # compiles
-    a, b = in_turns(ours, theirs, runs)
+    threads = timing.fastest_threads(peer.torch.set_num_threads, lambda: peer.decode(model, prompt_last, cache, 2))
+    bandwidth = timing.read_bandwidth()
+    a, b = timing.in_turns(ours, theirs, runs)
+    bandwidth = max(bandwidth, timing.read_bandwidth())  # before and after, so that a moment of other work does not lower it
     equal = sum(x == y for x, y in zip(answers["ours"], answers["peer"], strict=True))
-    bandwidth = read_bandwidth()
     read = _bytes_per_token(params, config, tokens.size + steps + steps // 2)
+    least = read * steps / bandwidth  # seconds that reading alone would take
     return [
-        row(f"equal tokens of {2 * steps} decoded greedily", equal, "tokens"),
-        row(f"decode behind {tokens.size} tokens", steps / a, "tokens/s", steps / b, b / a),
-        row("read bandwidth of this machine", bandwidth / 1e9, "GB/s"),
-        row("bytes read per token (weights, keys, values)", read / 1e9, "GB"),
-        row("share of the read bandwidth while decoding", read * steps / a / bandwidth, "of 1", read * steps / b / bandwidth),
+        timing.row(f"equal tokens of {2 * steps} decoded greedily", equal, "tokens"),
+        timing.row("threads, decode", timing.cores(), "threads", threads),
+        timing.row(f"decode behind {tokens.size} tokens", steps / a, "tokens/s", steps / b, b / a),
+        timing.row("read bandwidth of this machine", bandwidth / 1e9, "GB/s"),
+        timing.row("bytes read per token (weights, keys, values)", read / 1e9, "GB"),
+        timing.row("share of the read bandwidth while decoding", least / a, "of 1", least / b),
     ]
 
 
@@ -119,4 +125,4 @@ def _bytes_per_token(params: AndesVL, config: AndesVLConfig, context: int) -> fl
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, "andesvl-0.6b", __doc__.splitlines()[0]))
+    sys.exit(timing.main(run, "andesvl-0.6b", __doc__.splitlines()[0]))

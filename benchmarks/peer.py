@@ -87,7 +87,11 @@ class Block(nn.Module):
         self.norm_2 = nn.RMSNorm(c, vision.norm_eps)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(c, 3 * c, vision.qkv_bias), "proj": nn.Linear(c, c, vision.use_bias)})
         self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(c, f, vision.use_bias), "fc3": nn.Linear(c, f, vision.use_bias), "fc2": nn.Linear(f, c, vision.use_bias)}
+            {
+                "fc1": nn.Linear(c, f, vision.use_bias),
+                "fc3": nn.Linear(c, f, vision.use_bias),
+                "fc2": nn.Linear(f, c, vision.use_bias),
+            }
         )
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -80,12 +80,15 @@ def fastest_threads(set_threads: Callable[[int], None], fn: Callable[[], Any], r
     return best
 
 
-def machine_rows(threads: int) -> list[Row]:
-    """What the timings beside these rows are worth; warns on standard error when other work holds the cores."""
-    share = share_of_cores()
+def quiet_row(share_before: float) -> Row:
+    """What the timings beside this row are worth: the smaller share before and after. Warns on standard error if it is low."""
+    share = min(share_before, share_of_cores())
     if share < QUIET:
-        print(f"warning: other work holds the cores (this process gets {share:.0%} of them); repeat on a quiet machine.", file=sys.stderr)
-    return [row("threads", cores(), "threads", threads), row("share of the cores this process gets", share, "of 1")]
+        print(
+            f"warning: other work holds the cores (this process gets {share:.0%} of them); repeat on a quiet machine.",
+            file=sys.stderr,
+        )
+    return row("share of the cores this process gets", share, "of 1")
 
 
 def row(what: str, value: float, unit: str, peer: float | None = None, faster: float | None = None) -> Row:

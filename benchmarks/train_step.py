@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file, however it is run
-from timing import config_by_name, fastest_threads, in_turns, machine_rows, main, row, seconds
+import timing
 
 from andesvl_jax.checkpoints.hf import params_to_hf
 from andesvl_jax.config import AndesVLConfig
@@ -38,7 +38,7 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
     """
     import peer  # needs PyTorch
 
-    config = config_by_name(config_name).replace(image_token_id=IMAGE_TOKEN)
+    config = timing.config_by_name(config_name).replace(image_token_id=IMAGE_TOKEN)
     rows, runs = (2, 2) if quick else (16, 7)
     batch = packed_batch(config, rows)
     state = init_state(TrainConfig(model=config, optimizer=OPTIMIZER, steps=SCHEDULE_STEPS))
@@ -59,27 +59,26 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
     def theirs() -> None:
         peer_losses.append(trainer.step(torch_batch, float(rate(len(peer_losses)))))
 
-    threads = fastest_threads(peer.torch.set_num_threads, lambda: network(torch_batch).backward())
+    threads = timing.fastest_threads(peer.torch.set_num_threads, lambda: network(torch_batch).backward())
     for _ in range(AGREEING_STEPS):
         ours()  # the first call compiles
         theirs()
-    a, b = in_turns(lambda: seconds(ours), lambda: seconds(theirs), runs)
+    share = timing.share_of_cores()
+    a, b = timing.in_turns(lambda: timing.seconds(ours), lambda: timing.seconds(theirs), runs)
+    compared = [(step, losses[step - 1], peer_losses[step - 1]) for step in (1, AGREEING_STEPS)]
     tokens = int(np.count_nonzero(batch.segments >= 0))
     patches = int(np.count_nonzero(batch.images.segments >= 0))
     return {
         "name": f"train_step {config_name}",
         "rows": [
-            *machine_rows(threads),
-            *(
-                row(f"loss of step {step}", losses[step - 1], "nats", peer_losses[step - 1])
-                for step in (1, AGREEING_STEPS)
-            ),
-            row("difference of the losses, step 1", abs(losses[0] - peer_losses[0]), "nats"),
-            row(f"difference, step {AGREEING_STEPS}", abs(losses[AGREEING_STEPS - 1] - peer_losses[AGREEING_STEPS - 1]), "nats"),
-            row("tokens of a step", tokens, "tokens"),
-            row("patches of a step", patches, "patches"),
-            row("forward, backward, AdamW", 1000 * a, "ms", 1000 * b, b / a),
-            row("training speed", tokens / a, "tokens/s", tokens / b, b / a),
+            timing.quiet_row(share),
+            timing.row("threads", timing.cores(), "threads", threads),
+            *(timing.row(f"loss of step {step}", x, "nats", y) for step, x, y in compared),
+            *(timing.row(f"difference of the losses, step {step}", abs(x - y), "nats") for step, x, y in compared),
+            timing.row("tokens of a step", tokens, "tokens"),
+            timing.row("patches of a step", patches, "patches"),
+            timing.row("forward, backward, AdamW", 1000 * a, "ms", 1000 * b, b / a),
+            timing.row("training speed", tokens / a, "tokens/s", tokens / b, b / a),
         ],
     }
 
@@ -101,4 +100,4 @@ def _conversation(config: AndesVLConfig, rng: np.random.Generator, grid: tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, "nano", __doc__.splitlines()[0]))
+    sys.exit(timing.main(run, "nano", __doc__.splitlines()[0]))

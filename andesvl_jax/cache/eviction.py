@@ -140,7 +140,8 @@ def select(view: LayerView, scores: jax.Array, length, eviction: Eviction) -> ja
     tier = jnp.where(positions >= length[:, None, None] - window, _WINDOW, _SCORED)
     tier = jnp.where(positions < sinks, _SINK, tier)
     tier = jnp.where(positions < 0, _EMPTY, tier)
-    scores = jnp.select([tier == _SINK, tier == _WINDOW], [-positions.astype(scores.dtype), positions.astype(scores.dtype)], scores)
+    place = positions.astype(scores.dtype)
+    scores = jnp.select([tier == _SINK, tier == _WINDOW], [-place, place], scores)
     within = _rank(tier, scores)
     if eviction.policy not in HEAD_ADAPTIVE:
         return (within < budget) & (positions >= 0)

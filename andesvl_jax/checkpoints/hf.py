@@ -142,8 +142,9 @@ def _tensor_files(path: Path) -> list[Path]:
             raise UserError(f"{path}: found neither model.safetensors nor model.safetensors.index.json, expected one of them.")
         return [single]
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) and Path(v).name == v for v in weight_map.values()):
-        raise UserError(f"{index}: weight_map is missing or points outside the directory, expected plain file names.")
+    plain = lambda v: isinstance(v, str) and Path(v).name == v and v.endswith(".safetensors")  # noqa: E731
+    if not isinstance(weight_map, dict) or not all(map(plain, weight_map.values())):
+        raise UserError(f"{index}: weight_map is missing or leaves the directory, expected names of .safetensors files in it.")
     return [path / name for name in sorted(set(weight_map.values()))]
 
 
@@ -178,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), expected a JSON file.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds a {type(raw).__name__}, expected a JSON object.")

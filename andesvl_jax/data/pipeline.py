@@ -44,7 +44,7 @@ def examples(mixture: Mixture) -> grain.MapDataset:
     return grain.MapDataset.mix([of(family) for family in weights], list(weights.values()))
 
 
-def to_sample(example: Example, tokenizer: Tokenizer, processor: ImageProcessor) -> Sample:
+def to_sample(example: Example, tokenizer: Tokenizer, processor: ImageProcessor, average="token") -> Sample:
     """One example as a conversation: its pictures stand before the first question."""
     prepared = [prepare_image(image, processor) for image in example.images]
     messages = []
@@ -52,7 +52,7 @@ def to_sample(example: Example, tokenizer: Tokenizer, processor: ImageProcessor)
         question = [{"type": "image"}] * (len(prepared) if i == 0 else 0) + [{"type": "text", "text": turn.question}]
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
     ids, supervised = render_training(messages, tokenizer, [p.visual_tokens for p in prepared])
-    return make_sample(ids, supervised, prepared, tokenizer.image_token_id)
+    return make_sample(ids, supervised, prepared, tokenizer.image_token_id, average)
 
 
 class PackedBatches(grain.IterDataset[Batch]):
@@ -107,8 +107,10 @@ class PackedIterator(grain.DatasetIterator[Batch]):
         self._waiting = {int(i): self._samples[int(i)] for i in state["waiting"] if i >= 0}
 
 
-def batches(mixture: Mixture, tokenizer: Tokenizer, processor: ImageProcessor, budget: Budget, patch_features: int):
+def batches(
+    mixture: Mixture, tokenizer: Tokenizer, processor: ImageProcessor, budget: Budget, patch_features: int, average="token"
+):
     """The training input: an endless Grain dataset of packed batches, prepared one ahead in a thread."""
-    samples = examples(mixture).map(lambda example: to_sample(example, tokenizer, processor))
+    samples = examples(mixture).map(lambda example: to_sample(example, tokenizer, processor, average))
     packed = PackedBatches(samples, budget, patch_features)
     return grain_experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2)

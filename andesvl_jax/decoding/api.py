@@ -15,7 +15,15 @@ from andesvl_jax.inputs.chat import images_of, render_prompt
 from andesvl_jax.inputs.image import ImageSource, Patches, prepare_image
 from andesvl_jax.inputs.packing import Sample, assemble_prompts, make_sample
 
-SAMPLING_OPTIONS = ("top_k", "top_p", "repetition_penalty", "presence_penalty", "seed")
+# name -> what every row's value must be, in code and in words
+SAMPLING_OPTIONS = {
+    "temperature": (lambda x: (0 <= x) & np.isfinite(x), "0 (greedy) or more"),
+    "top_k": (lambda x: (0 <= x) & (x < 2**31), "0 (all) or more"),
+    "top_p": (lambda x: (0 < x) & (x <= 1), "above 0 and at most 1"),
+    "repetition_penalty": (lambda x: (0 < x) & np.isfinite(x), "above 0"),
+    "presence_penalty": (np.isfinite, "a finite number"),
+    "seed": (lambda x: (-(2**31) <= x) & (x < 2**31), "a 32-bit integer"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,14 @@ def prompt_sample(bundle: Bundle, ids: Sequence[int], images: Sequence[ImageSour
     """Token ids and pictures of one prompt -> Sample. Raises UserError when slots and pictures do not fit together."""
     config = bundle.config
     if config.image_token_id is None and len(images):
-        raise UserError("image_token_id is unknown, expected a tokenizer in the checkpoint directory or load(..., image_token_id=...).")
+        raise UserError("image_token_id is unknown, expected a tokenizer beside the weights or load(..., image_token_id=...).")
     ids = np.asarray(ids)
-    if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= config.text.vocab_size:
-        raise UserError(f"input_ids has shape {ids.shape}, expected at least one id from 0 to {config.text.vocab_size - 1} in one row.")
+    whole = ids.ndim == 1 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
+    if not whole or ids.min() < 0 or ids.max() >= config.text.vocab_size:
+        raise UserError(
+            f"input_ids is {ids.dtype} of shape {ids.shape}, expected at least one id, whole numbers from 0 to "
+            f"{config.text.vocab_size - 1} in one row."
+        )
     prepared = [image if isinstance(image, Patches) else prepare_image(image, bundle.image_processor) for image in images]
     return make_sample(ids, np.zeros(len(ids), bool), prepared, -1 if config.image_token_id is None else config.image_token_id)
 
@@ -49,13 +61,9 @@ def stream(
       UserError: an option that is unknown or out of range, or a prompt beyond the model's positions.
     """
     config = bundle.config
-    unknown = sorted(set(options) - set(SAMPLING_OPTIONS))
-    if unknown:
-        raise UserError(f"decoding option {unknown[0]!r} is unknown, expected one of {', '.join(SAMPLING_OPTIONS)}.")
+    _check_options({"temperature": temperature, **options})
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-    if np.min(temperature) < 0:
-        raise UserError(f"temperature is {temperature}, expected 0 (greedy) or more.")
     longest = max(len(s.tokens) for s in samples)
     if longest + max_new_tokens > config.text.max_position_embeddings:
         raise UserError(
@@ -68,6 +76,15 @@ def stream(
     stops = bundle.stop_ids if stop_ids is None else tuple(stop_ids)
     for state in run(bundle.decoding_params, config, batch, sampling, max_new_tokens, stops, eviction, chunk):
         yield Answer(new_tokens_of(state), cache_bytes(state.cache), state.cache.slots)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in SAMPLING_OPTIONS:
+            raise UserError(f"decoding option {name!r} is unknown, expected one of {', '.join(SAMPLING_OPTIONS)}.")
+        holds, expected = SAMPLING_OPTIONS[name]
+        if not np.all(holds(np.asarray(value))):
+            raise UserError(f"{name} is {value}, expected {expected}.")
 
 
 def generate(
@@ -90,7 +107,7 @@ def generate(
 def chat_sample(bundle: Bundle, messages: Sequence[dict[str, Any]], images: Sequence[ImageSource] = (), thinking=False) -> Sample:
     """Messages -> the prompt of `spec` form with its pictures prepared; `images` fill `<image>` marks of string contents."""
     if bundle.tokenizer is None:
-        raise UserError("the checkpoint directory has no tokenizer, expected tokenizer.json or merges.txt; use generate with ids.")
+        raise UserError("the checkpoint has no tokenizer, expected tokenizer.json or merges.txt; use generate with ids.")
     prepared = [prepare_image(image, bundle.image_processor) for image in images_of(messages, images)]
     ids = render_prompt(messages, bundle.tokenizer, [p.visual_tokens for p in prepared], thinking)
     return prompt_sample(bundle, ids, prepared)

@@ -10,7 +10,7 @@ from andesvl_jax.decoding.api import chat_sample, stream
 from andesvl_jax.errors import UserError
 from andesvl_jax.evaluation.benchmarks import Item, grey, shuffled
 from andesvl_jax.evaluation.scorers import correct, wilson
-from andesvl_jax.inputs.packing import bucket
+from andesvl_jax.inputs.packing import Sample, bucket
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,17 @@ class TaskResult:
     n: int
 
 
+def prompt_of(bundle: Bundle, item: Item) -> Sample:
+    """The item's pictures and question as the first turn of a conversation."""
+    content = [{"type": "image", "image": image} for image in item.images] + [{"type": "text", "text": item.question}]
+    return chat_sample(bundle, [{"role": "user", "content": content}])
+
+
 def answers(bundle: Bundle, items: Sequence[Item], batch_size: int = 64, max_new_tokens: int = 32, **options: Any) -> list[str]:
     """Greedy answers, in order. Prompts are grouped by size so that a batch is one bucket; options as in `generate`."""
     if not items:
         raise UserError("the benchmark has no items, expected at least one.")
-    samples = []
-    for item in items:
-        content = [{"type": "image", "image": image} for image in item.images] + [{"type": "text", "text": item.question}]
-        samples.append(chat_sample(bundle, [{"role": "user", "content": content}]))
+    samples = [prompt_of(bundle, item) for item in items]
     order = sorted(range(len(items)), key=lambda i: (bucket(samples[i].patches), bucket(len(samples[i].tokens)), i))
     out = [""] * len(items)
     for start in tqdm(range(0, len(items), batch_size), unit="batch", leave=False, disable=None):

@@ -4,7 +4,7 @@ B batch rows, T tokens, P patches, M supervised tokens of a row. Everything here
 """
 
 from dataclasses import dataclass
-from typing import Iterable, Sequence
+from typing import Iterable, Literal, Sequence
 
 import numpy as np
 from flax import struct
@@ -30,7 +30,7 @@ class ImageRow:
 class Batch:
     """tokens, positions (restart per sample, -1 = padding), segments (sample's number in the row, -1 = padding) and
     visual_index (which visual token of the row stands here, -1 = text): int32 [B, T]; target_slots, targets: int32 [B, M],
-    the slots that predict a supervised token and that token, -1 = padding."""
+    the slots that predict a supervised token and that token, -1 = padding; target_weights: float32 [B, M], 0 = padding."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -38,17 +38,23 @@ class Batch:
     visual_index: np.ndarray
     target_slots: np.ndarray
     targets: np.ndarray
+    target_weights: np.ndarray
     images: ImageRow | None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation: tokens int32 [t]; supervised bool [t] marks tokens the loss is taken on; images in order."""
+    """One conversation: tokens int32 [t]; supervised bool [t] marks tokens the loss is taken on; images in order.
+
+    average: what a supervised token weighs, "token" = 1 or "square" = n^-0.5 in an answer of n tokens, so that long answers
+    (boxes) do not drown short ones (the square averaging of InternVL 2.5).
+    """
 
     tokens: np.ndarray
     supervised: np.ndarray
     images: tuple[Patches, ...]
     image_token_id: int
+    average: Literal["token", "square"] = "token"
 
     @property
     def patches(self) -> int:
@@ -57,6 +63,15 @@ class Sample:
     @property
     def targets(self) -> int:
         return int(np.count_nonzero(self.supervised[1:]))
+
+    @property
+    def target_weights(self) -> np.ndarray:
+        """float32 [targets]."""
+        if self.average == "token":
+            return np.ones(self.targets, np.float32)
+        edges = np.flatnonzero(np.diff(self.supervised.astype(np.int8), prepend=0, append=0))  # start, end of each answer
+        lengths = edges[1::2] - np.maximum(edges[::2], 1)  # nothing predicts the first token of a row
+        return np.repeat(lengths, lengths).astype(np.float32) ** -0.5
 
 
 @dataclass(frozen=True)
@@ -76,13 +91,15 @@ class Budget:
         )
 
 
-def make_sample(tokens: Sequence[int], supervised: Sequence[bool], images: Sequence[Patches], image_token_id: int) -> Sample:
+def make_sample(
+    tokens: Sequence[int], supervised: Sequence[bool], images: Sequence[Patches], image_token_id: int, average="token"
+) -> Sample:
     """Raises UserError when the image slots among the tokens are not as many as the images have visual tokens."""
     tokens = np.asarray(tokens, np.int32)
     slots, given = int(np.count_nonzero(tokens == image_token_id)), sum(len(i.patches) for i in images) // MERGED
     if slots != given:
         raise UserError(f"the prompt has {slots} image slots but its {len(images)} images make {given} visual tokens; expected equal.")
-    return Sample(tokens, np.asarray(supervised, bool), tuple(images), image_token_id)
+    return Sample(tokens, np.asarray(supervised, bool), tuple(images), image_token_id, average)
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -102,6 +119,7 @@ def assemble(rows: Sequence[Sequence[Sample]], budget: Budget, patch_features: i
     tokens = np.zeros((budget.rows, budget.tokens), np.int32)
     positions, segments, visual_index = full(budget.tokens), full(budget.tokens), full(budget.tokens)
     target_slots, targets = full(budget.targets), full(budget.targets)
+    target_weights = np.zeros((budget.rows, budget.targets), np.float32)
     images = ImageRow(
         patches=np.zeros((budget.rows, budget.patches, patch_features), np.float32),
         coordinates=np.zeros((budget.rows, budget.patches, 2), np.int32),
@@ -125,6 +143,7 @@ def assemble(rows: Sequence[Sequence[Sample]], budget: Budget, patch_features: i
             predicted = np.flatnonzero(sample.supervised[1:])
             target_slots[r, m : m + len(predicted)] = t + predicted
             targets[r, m : m + len(predicted)] = sample.tokens[1:][predicted]
+            target_weights[r, m : m + len(predicted)] = sample.target_weights
             for image in sample.images:
                 place = slice(p, p + len(image.patches))
                 images.patches[r, place] = image.patches
@@ -133,7 +152,7 @@ def assemble(rows: Sequence[Sequence[Sample]], budget: Budget, patch_features: i
                 images.segments[r, place] = image_number
                 p, image_number = place.stop, image_number + 1
             t, m = span.stop, m + len(predicted)
-    return Batch(tokens, positions, segments, visual_index, target_slots, targets, images if budget.patches else None)
+    return Batch(tokens, positions, segments, visual_index, target_slots, targets, target_weights, images if budget.patches else None)
 
 
 def assemble_prompts(samples: Sequence[Sample], patch_features: int) -> Batch:

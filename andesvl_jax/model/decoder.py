@@ -47,8 +47,8 @@ def describe_decoder(config: TextConfig) -> Decoder:
     d, f, n_layers, h = config.hidden_size, config.intermediate_size, config.num_layers, config.head_dim
     wide, narrow = config.num_heads * h, config.num_kv_heads * h
 
-    def matrix(i: int, o: int, *axes: str) -> Param:
-        return Param((n_layers, i, o), ("layers", *axes))
+    def matrix(i: int, o: int, *axes: str, init="normal") -> Param:
+        return Param((n_layers, i, o), ("layers", *axes), init)
 
     def vector(width: int, axis: str, init="ones", present: bool = True) -> Param | None:
         return Param((n_layers, width), ("layers", axis), init) if present else None
@@ -60,9 +60,9 @@ def describe_decoder(config: TextConfig) -> Decoder:
         q_bias=vector(wide, "heads", "zeros", bias), k_bias=vector(narrow, "kv_heads", "zeros", bias),
         v_bias=vector(narrow, "kv_heads", "zeros", bias),
         q_norm=vector(h, "head_dim", present=config.qk_norm), k_norm=vector(h, "head_dim", present=config.qk_norm),
-        o=matrix(wide, d, "heads", "embed"), o_bias=vector(d, "embed", "zeros", bias),
+        o=matrix(wide, d, "heads", "embed", init="residual"), o_bias=vector(d, "embed", "zeros", bias),
         mlp_norm=vector(d, "embed"),
-        gate=matrix(d, f, "embed", "mlp"), up=matrix(d, f, "embed", "mlp"), down=matrix(f, d, "mlp", "embed"),
+        gate=matrix(d, f, "embed", "mlp"), up=matrix(d, f, "embed", "mlp"), down=matrix(f, d, "mlp", "embed", init="residual"),
     )  # fmt: skip
     table = Param((config.vocab_size, d), ("vocab", "embed"), "table")
     return Decoder(table, layers, Param((d,), ("embed",), "ones"), None if config.tie_word_embeddings else table)

@@ -50,8 +50,8 @@ def describe_vision(config: VisionConfig) -> Vision:
     c, f, n_layers = config.hidden_size, config.intermediate_size, config.num_layers
     aimv2 = config.family == "aimv2"
 
-    def matrix(i: int, o: int, *axes: str) -> Param:
-        return Param((n_layers, i, o), ("layers", *axes))
+    def matrix(i: int, o: int, *axes: str, init="normal") -> Param:
+        return Param((n_layers, i, o), ("layers", *axes), init)
 
     def vector(width: int, axis: str, init="zeros", present: bool = True) -> Param | None:
         return Param((n_layers, width), ("layers", axis), init) if present else None
@@ -59,11 +59,11 @@ def describe_vision(config: VisionConfig) -> Vision:
     layers = VisionLayer(
         norm1=vector(c, "embed", "ones"), norm1_bias=vector(c, "embed", present=not aimv2),
         qkv=matrix(c, 3 * c, "embed", "heads"), qkv_bias=vector(3 * c, "heads", present=config.qkv_bias),
-        proj=matrix(c, c, "heads", "embed"), proj_bias=vector(c, "embed", present=config.use_bias),
+        proj=matrix(c, c, "heads", "embed", init="residual"), proj_bias=vector(c, "embed", present=config.use_bias),
         norm2=vector(c, "embed", "ones"), norm2_bias=vector(c, "embed", present=not aimv2),
         fc1=matrix(c, f, "embed", "mlp"), fc1_bias=vector(f, "mlp", present=config.use_bias),
         fc3=matrix(c, f, "embed", "mlp") if aimv2 else None, fc3_bias=vector(f, "mlp", present=aimv2 and config.use_bias),
-        fc2=matrix(f, c, "mlp", "embed"), fc2_bias=vector(c, "embed", present=config.use_bias),
+        fc2=matrix(f, c, "mlp", "embed", init="residual"), fc2_bias=vector(c, "embed", present=config.use_bias),
     )  # fmt: skip
     return Vision(
         patch=Param((config.patch_features, c), ("patch", "embed")),

@@ -6,7 +6,7 @@ import difflib
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Literal, Sequence
 
 from andesvl_jax.config import CONFIGS, AndesVLConfig
 from andesvl_jax.data.pipeline import Mixture
@@ -20,16 +20,16 @@ PARTS = ("vision", "projector", "decoder")
 class Optimizer:
     """AdamW. Learning rates are peaks per part; 0 freezes the part."""
 
-    vision: float = 2e-3
-    projector: float = 2e-3
-    decoder: float = 2e-3
-    warmup_steps: int = 50
+    vision: float = 8e-4
+    projector: float = 8e-4
+    decoder: float = 8e-4
+    warmup_steps: int = 20
     final_fraction: float = 0.02  # of the peak, where the cosine ends
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.05  # on matrices and tables, not on norms and biases
-    clip_norm: float = 1.0
+    clip_norm: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class TrainConfig:
     tokenizer: str | None = None  # directory with tokenizer.json; None: that of init_from
     data: Mixture = field(default_factory=Mixture)
     budget: Budget = Budget(rows=16, tokens=224, patches=160, targets=96)
+    loss_average: Literal["token", "square"] = "token"  # what a supervised token weighs, see `inputs.packing.Sample`
     max_size: int = 733  # square root of the pixel budget of a picture
     optimizer: Optimizer = Optimizer()
     steps: int = 1000
@@ -51,6 +52,8 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"training field {name}: found {getattr(self, name)}, expected at least 1.")
+        if self.loss_average not in ("token", "square"):
+            raise UserError(f"training field loss_average: found {self.loss_average!r}, expected 'token' or 'square'.")
         if all(getattr(self.optimizer, part) == 0 for part in PARTS):
             raise UserError("training field optimizer: every part has learning rate 0, expected one that trains.")
 

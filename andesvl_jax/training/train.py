@@ -42,12 +42,13 @@ class TrainState:
 
 
 def loss_fn(params: AndesVL, config: AndesVLConfig, batch: Batch, optimizer: Optimizer) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy over the supervised tokens of the whole batch, and their number."""
+    """Weighted mean cross-entropy over the supervised tokens of the whole batch, and the sum of their weights."""
     params = freeze(params, optimizer)
     if jax.default_backend() == "cpu":  # measured by `andesvl bench train_step`: a scanned step is slower there
         params = unstack_layers(params)
-    total, count = cross_entropy(params, forward(params, config, batch), batch.target_slots, batch.targets)
-    return total / jnp.maximum(count, 1.0), count
+    hidden = forward(params, config, batch)
+    total, weight = cross_entropy(params, hidden, batch.target_slots, batch.targets, batch.target_weights)
+    return total / jnp.maximum(weight, 1.0), weight
 
 
 @functools.partial(jax.jit, static_argnames=("config", "optimizer", "steps"), donate_argnames=("state",))
@@ -57,7 +58,7 @@ def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer
     Returns:
       the new state; metrics: loss, gradient_norm, update_norm, targets, tokens, skipped (steps in a row), float32 [] each.
     """
-    (loss, targets), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, config, batch, optimizer)
+    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, config, batch, optimizer)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, moments = make_optimizer(optimizer, describe(config), steps).update(grads, state.optimizer, state.params)
@@ -69,7 +70,7 @@ def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     metrics = {
-        "loss": loss, "gradient_norm": norm, "update_norm": optax.global_norm(updates), "targets": targets,
+        "loss": loss, "gradient_norm": norm, "update_norm": optax.global_norm(updates), "targets": jnp.sum(batch.target_slots >= 0),
         "tokens": jnp.sum(batch.segments >= 0), "skipped": new.skipped,
     }  # fmt: skip
     return new, metrics
@@ -101,7 +102,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
         raise UserError(f"{config.tokenizer or out}: has no tokenizer.json, expected one beside the run or in init_from.")
     model = config.model.replace(image_token_id=tokenizer.image_token_id)
     processor = ImageProcessor.from_hf({}, model.vision, max_size=config.max_size)
-    data = iter(batches(config.data, tokenizer, processor, config.budget, model.vision.patch_features))
+    data = iter(batches(config.data, tokenizer, processor, config.budget, model.vision.patch_features, config.loss_average))
     state = init_state(config, None if start is None else start.params)
     if resume:
         state = restore_latest(manager, state, data)

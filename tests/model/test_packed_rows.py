@@ -26,7 +26,7 @@ TOLERANCE = 2e-5
 def hidden_and_gradient(params, config, batch):
     def loss(params):
         hidden = forward(params, config, batch)
-        return cross_entropy(params, hidden, batch.target_slots, batch.targets, chunk=10)[0], hidden
+        return cross_entropy(params, hidden, batch.target_slots, batch.targets, batch.target_weights, chunk=10)[0], hidden
 
     (_, hidden), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     return hidden, gradient

@@ -1,0 +1,67 @@
+"""The chunked loss: equal to the plain one, and never holding logits of the whole batch."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_params, worst_leaf
+
+from andesvl_jax.model.andesvl import describe
+from andesvl_jax.model.decoder import logits
+from andesvl_jax.training.objectives import cross_entropy
+from andesvl_jax.weights import abstract
+
+
+def plain(params, hidden, slots, targets, weights):
+    """Log-softmax of every slot's logits, weighted and summed over the supervised ones."""
+    scores = jax.nn.log_softmax(hidden @ params.decoder.embedding.T, axis=-1)
+    total = jnp.zeros(())
+    for row, slot in np.argwhere(np.asarray(slots) >= 0):
+        total -= weights[row, slot] * scores[row, slots[row, slot], targets[row, slot]]
+    return total
+
+
+def problem(config):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 20, config.text.hidden_size)), jnp.float32)
+    slots = np.full((2, 9), -1, np.int32)
+    slots[0, :7], slots[1, :4] = rng.choice(20, 7, replace=False), rng.choice(20, 4, replace=False)
+    weights = np.where(slots >= 0, rng.random((2, 9)), 0).astype(np.float32)
+    return hidden, slots, rng.integers(0, config.text.vocab_size, (2, 9)).astype(np.int32), weights
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 18, 1024])
+def test_the_chunked_loss_and_its_gradients_equal_the_plain_ones(chunk):
+    config = tiny_config()
+    params, (hidden, slots, targets, weights) = tiny_params(config), problem(config)
+    expected = jax.jit(jax.value_and_grad(lambda p, h: plain(p, h, slots, targets, weights), argnums=(0, 1)))(params, hidden)
+    run = jax.jit(jax.value_and_grad(lambda p, h: cross_entropy(p, h, slots, targets, weights, chunk)[0], argnums=(0, 1)))
+    worst, where = worst_leaf(run(params, hidden), expected)
+    assert worst <= 2e-5, where  # the same float32 terms, summed chunk by chunk
+    assert float(cross_entropy(params, hidden, slots, targets, weights, chunk)[1]) == pytest.approx(weights.sum(), rel=1e-6)
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest value that any equation produces, inner programs included."""
+    is_program = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")  # noqa: E731
+    values = [p for eqn in jaxpr.eqns for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)]
+    programs = [getattr(p, "jaxpr", p) for p in values if is_program(p)]
+    sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
+    return max([*sizes, *map(largest_array, programs)], default=0)
+
+
+def test_logits_of_a_whole_batch_never_exist_at_the_released_vocabulary():
+    """By abstract evaluation of loss and gradient alone: 2 x 4096 slots of V = 151,936 would be 5 GB of float32."""
+    config = tiny_config(text={"vocab_size": 151_936})
+    params = abstract(describe(config), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((2, 4096, config.text.hidden_size), jnp.float32)
+    slots, weights = (jax.ShapeDtypeStruct((2, 4096), dtype) for dtype in (jnp.int32, jnp.float32))
+
+    def jaxpr(loss):
+        return jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, hidden, slots, slots, weights).jaxpr
+
+    assert largest_array(jaxpr(lambda p, h, s, t, w: cross_entropy(p, h, s, t, w, chunk=512)[0])) == 512 * 151_936
+    # the measure does see them where they exist
+    assert largest_array(jaxpr(lambda p, h, s, t, w: logits(p.decoder, h).sum())) == 2 * 4096 * 151_936
