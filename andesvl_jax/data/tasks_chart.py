@@ -6,7 +6,7 @@ The content is the sorted list of (colour, value); the order of the bars, the nu
 import numpy as np
 from PIL import Image, ImageDraw
 
-from andesvl_jax.data.drawing import COLOURS, background, jittered, neutral, picture_size, pixels, stamp, text_mask
+from andesvl_jax.data.drawing import COLOURS, TOKEN_SIDE, background, jittered, neutral, picture_size, pixels, stamp, text_mask
 from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
 
 VALUE_WORDINGS = (
@@ -34,8 +34,8 @@ WORDINGS = {"chart": VALUE_WORDINGS + TALLEST_WORDINGS + SHORTEST_WORDINGS}
 BARS = 4
 VALUES = tuple(range(10, 100, 10))
 TOP_OF_AXIS = 100
-SIZES = ((4, 3), (4, 3), (3, 3), (3, 4))  # visual tokens across and down
-TICKS = (0, 50, 100)
+SIZES = ((4, 3), (4, 4))  # visual tokens across and down: one column a bar
+TICKS = (0, 50, 100)  # lines of the grid
 FONT = "DejaVuSans"
 
 
@@ -53,24 +53,19 @@ def describe(bars: tuple[tuple[str, int], ...]) -> str:
 
 
 def paint(rng: np.random.Generator, image: Image.Image, bars: tuple[tuple[str, int], ...]) -> None:
-    """Axis with ticks and grid lines, and the bars, with or without their values written above."""
+    """Grid lines at 0, 50 and 100, and the bars, with or without their values written above."""
     draw = ImageDraw.Draw(image)
     light = sum(image.getpixel((0, 0))) > 3 * 128
     ink = (30, 30, 30) if light else (235, 235, 235)
     grid = (165, 165, 165) if light else (95, 95, 95)
-    left, right = 20, image.width - int(rng.integers(2, 6))
-    top, base = int(rng.integers(9, 14)), image.height - int(rng.integers(5, 9))
+    top, base = int(rng.integers(11, 14)), image.height - int(rng.integers(3, 6))
     for tick in TICKS:
         y = base - (base - top) * tick // TOP_OF_AXIS
-        draw.line((left, y, right, y), fill=ink if tick == 0 else grid)
-        mask = text_mask(str(tick), FONT, 8)
-        stamp(image, mask, ink, left - 2 - mask.width, y - mask.height // 2)
-    draw.line((left, top, left, base), fill=ink)
-    pitch = (right - left - 2) / BARS
-    bar_width = int(pitch * rng.uniform(0.62, 0.9))
+        draw.line((0, y, image.width, y), fill=ink if tick == 0 else grid)
+    bar_width = int(rng.integers(13, 24))
     written = rng.random() < 0.5
     for index, (colour, value) in enumerate(bars):
-        x = left + 2 + int(pitch * index + (pitch - bar_width) / 2)
+        x = TOKEN_SIDE * index + (TOKEN_SIDE - bar_width) // 2 + int(rng.integers(-2, 3))
         y = base - round((base - top) * value / TOP_OF_AXIS)
         draw.rectangle((x, y, x + bar_width - 1, base - 1), fill=jittered(rng, COLOURS[colour]))
         if written:

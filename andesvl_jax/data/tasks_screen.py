@@ -10,7 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from andesvl_jax.data.drawing import COLOURS, SHAPES, Box, box_text, jittered, pixels, shape_mask, side, stamp, text_mask
+from andesvl_jax.data.drawing import (
+    COLOURS,
+    SHAPES,
+    TOKEN_SIDE,
+    Box,
+    box_text,
+    jittered,
+    pixels,
+    shape_mask,
+    side,
+    stamp,
+    text_mask,
+)
 from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
 
 WORDINGS = {
@@ -63,6 +75,7 @@ TITLES = ("Settings", "Notes", "Today", "Menu", "Options", "Files")
 WIDTH, HEIGHT = side(4), side(5)
 FONT, LABEL_SIZE, TITLE_SIZE = "DejaVuSans", 11, 10
 GAP = 3  # pixels between widgets
+WIDGETS = 4
 QUESTIONS = 4  # per screen: with the picture about 190 tokens
 
 
@@ -90,9 +103,8 @@ Paint = Callable[[np.random.Generator, Image.Image, Widget, Box, Theme], None]
 
 
 def draw_screen(rng: np.random.Generator) -> tuple[Widget, ...]:
-    """4 or 5 widgets with different labels: a list of rows, or a grid of tiles with two to a row."""
-    count = int(rng.integers(4, 6))
-    labels = [LABELS[index] for index in rng.permutation(len(LABELS))[:count].tolist()]
+    """Four widgets with different labels: a list of rows, or tiles, two to a row."""
+    labels = [LABELS[index] for index in rng.permutation(len(LABELS))[:WIDGETS].tolist()]
     if rng.random() < 0.35:
         return tuple(Widget("tile", label, index // 2) for index, label in enumerate(labels))
     return tuple(Widget(pick(rng, kinds_of(label)), label, row) for row, label in enumerate(labels))
@@ -124,29 +136,20 @@ def readable_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     return (0, 0, 0) if luma > 140 else (255, 255, 255)
 
 
-def split_length(rng: np.random.Generator, length: int, parts: int) -> list[int]:
-    """Edges (parts + 1) that cut a length into unequal parts, none below two thirds of the even share."""
-    weights = 2 + rng.random(parts)
-    return [0, *(np.cumsum(weights) / weights.sum() * length).astype(int).tolist()]
-
-
-def lay_out(rng: np.random.Generator, screen: tuple[Widget, ...], top: int) -> list[Box]:
-    """A box per widget below the title bar, of uneven heights and widths."""
-    bottom = HEIGHT - int(rng.integers(2, 13))
-    rows = max(widget.row for widget in screen) + 1
-    edges = split_length(rng, bottom - top, rows)
+def lay_out(rng: np.random.Generator, screen: tuple[Widget, ...]) -> list[Box]:
+    """A box per widget below the title bar: rows of one visual token, tiles of two by two, of uneven widths and edges."""
     boxes = []
     for index, widget in enumerate(screen):
-        y1, y2 = top + edges[widget.row] + GAP, top + edges[widget.row + 1]
+        inset = rng.integers(0, 3, 2).tolist()
         if widget.kind == "tile":
-            middle = WIDTH // 2
-            x1, x2 = (GAP + 1, middle - 1) if index % 2 == 0 else (middle + 2, WIDTH - GAP - 1)
-            x1, x2 = x1 + int(rng.integers(0, 5)), x2 - int(rng.integers(0, 5))
+            middle, row = WIDTH // 2, TOKEN_SIDE * (1 + 2 * widget.row)
+            x1, x2 = (GAP, middle - 1) if index % 2 == 0 else (middle + 2, WIDTH - GAP)
+            boxes.append((x1 + int(rng.integers(0, 5)), row + 1 + inset[0], x2 - int(rng.integers(0, 5)), row + 2 * TOKEN_SIDE - 2 - inset[1]))
         else:
+            row = TOKEN_SIDE * (1 + widget.row)
             width = int(rng.integers(62 if widget.kind in ("button", "field") else 92, WIDTH - 2 * GAP))
             x1 = int(rng.integers(GAP, WIDTH - GAP - width + 1))
-            x2 = x1 + width
-        boxes.append((x1, y1, x2, y2))
+            boxes.append((x1, row + 1 + inset[0], x1 + width, row + TOKEN_SIDE - 2 - inset[1]))
     return boxes
 
 
@@ -250,10 +253,10 @@ def render_screen(rng: np.random.Generator, split: str) -> Example:
     screen, content = draw_in_split(draw_screen, describe, rng, split)
     theme = draw_theme(rng)
     image = Image.new("RGB", (WIDTH, HEIGHT), theme.paper)
-    title_height = int(rng.integers(12, 21))
+    title_height = int(rng.integers(20, TOKEN_SIDE))
     ImageDraw.Draw(image).rectangle((0, 0, WIDTH, title_height - 1), fill=theme.accent)
     write(image, pick(rng, TITLES), readable_on(theme.accent), int(rng.integers(4, 40)), title_height // 2, TITLE_SIZE)
-    places = lay_out(rng, screen, title_height)
+    places = lay_out(rng, screen)
     for widget, box in zip(screen, places, strict=True):
         PAINT[widget.kind](rng, image, widget, box, theme)
     boxes = [box_text(box, WIDTH, HEIGHT) for box in places]

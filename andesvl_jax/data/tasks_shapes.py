@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes: how many there are, what colour one has, which quarter it is in, and its box.
+"""Scenes of coloured shapes on a grid: how many there are, what colour one has, where it is, and its box.
 
-The content of a scene is the sorted list of (colour, shape, quarter); sizes, places inside a quarter, the picture's
-proportions and the background are free.
+The content of a scene is the grid with the sorted list of (colour, shape, place); sizes, places inside a cell and the
+background are free. A cell is one visual token.
 """
 
 from collections import Counter
@@ -13,14 +13,15 @@ from PIL import Image
 from andesvl_jax.data.drawing import (
     COLOURS,
     SHAPES,
+    TOKEN_SIDE,
     Box,
     background,
     box_text,
     jittered,
     neutral,
-    picture_size,
     pixels,
     shape_mask,
+    side,
     stamp,
 )
 from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
@@ -43,10 +44,10 @@ WORDINGS = {
     ),
     "position": (
         "Where is the {colour} {shape}?",
-        "In which corner is the {colour} {shape}?",
+        "In which place is the {colour} {shape}?",
         "Which part of the picture shows the {colour} {shape}?",
         "Name the position of the {colour} {shape}.",
-        "The {colour} {shape} is in which corner?",
+        "The {colour} {shape} is in which place?",
     ),
     "box": (
         "Give the box of the {colour} {shape}.",
@@ -56,66 +57,60 @@ WORDINGS = {
         "Find the {colour} {shape} and give its box.",
     ),
 }
-QUARTERS = ("top left", "top right", "bottom left", "bottom right")
+PLACES = {
+    2: ("top left", "top right", "bottom left", "bottom right"),
+    3: ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"),
+}  # by cells a side, row by row
 LARGEST_COUNT = 6
-SQUARE, OBLONG = ((3, 3),), ((4, 3), (3, 4))  # visual tokens across and down
-EDGE, MIDDLE = 2, 4  # pixels kept free at the border and on either side of the lines between quarters
-SMALLEST, LARGEST = 15, 31  # pixels
+SMALLEST, LARGEST = 15, 24  # pixels
 ANGLES = (-14, -7, 0, 7, 14)  # degrees
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene; `slot` says which half of the quarter it may use, None for all of it."""
+    """One shape of a scene; `cell` counts row by row."""
 
     colour: str
     shape: str
-    quarter: int
-    slot: int | None
+    cell: int
 
 
-def draw_scene(rng: np.random.Generator) -> tuple[Thing, ...]:
-    """1 to 6 things, at most two in a quarter."""
+@dataclass(frozen=True)
+class Scene:
+    """Things in different cells of a square grid of `cells` a side."""
+
+    cells: int
+    things: tuple[Thing, ...]
+
+    def place(self, thing: Thing) -> str:
+        return PLACES[self.cells][thing.cell]
+
+
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """1 to 6 things; few of them may stand on the smaller grid."""
     count = int(rng.integers(1, LARGEST_COUNT + 1))
-    one_per_quarter = count <= 4 and rng.random() < 0.5
-    places = rng.permutation(4 if one_per_quarter else 8)[:count].tolist()
-    taken = Counter(place % 4 for place in places)
+    cells = 2 if count <= 3 and rng.random() < 0.3 else 3
+    places = rng.permutation(cells * cells)[:count].tolist()
     colours = rng.integers(len(COLOURS), size=count).tolist()
     shapes = rng.integers(len(SHAPES), size=count).tolist()
     names = tuple(COLOURS)
-    return tuple(Thing(names[colour], SHAPES[shape], place % 4, place // 4 if taken[place % 4] > 1 else None)
-                 for colour, shape, place in zip(colours, shapes, places, strict=True))
+    return Scene(cells, tuple(Thing(names[c], SHAPES[s], cell) for c, s, cell in zip(colours, shapes, places, strict=True)))
 
 
-def describe(scene: tuple[Thing, ...]) -> str:
+def describe(scene: Scene) -> str:
     """Canonical content of a scene."""
-    return "shapes " + "; ".join(sorted(f"{thing.colour} {thing.shape} {QUARTERS[thing.quarter]}" for thing in scene))
+    things = sorted(f"{thing.colour} {thing.shape} {scene.place(thing)}" for thing in scene.things)
+    return f"shapes {scene.cells}: " + "; ".join(things)
 
 
-def cell_of(thing: Thing, width: int, height: int) -> Box:
-    """The pixels a thing may cover: its quarter of the picture, or half of that quarter along the longer side."""
-    column, row = thing.quarter % 2, thing.quarter // 2
-    x1, x2 = (EDGE, width // 2 - MIDDLE) if column == 0 else (width // 2 + MIDDLE, width - EDGE)
-    y1, y2 = (EDGE, height // 2 - MIDDLE) if row == 0 else (height // 2 + MIDDLE, height - EDGE)
-    if thing.slot is None:
-        return x1, y1, x2, y2
-    if width > height:
-        half = (x2 - x1) // 2
-        return x1 + half * thing.slot, y1, x1 + half * (thing.slot + 1) - 1, y2
-    half = (y2 - y1) // 2
-    return x1, y1 + half * thing.slot, x2, y1 + half * (thing.slot + 1) - 1
-
-
-def place(rng: np.random.Generator, thing: Thing, image: Image.Image) -> Box:
+def paint(rng: np.random.Generator, cells: int, thing: Thing, image: Image.Image) -> Box:
     """Paint a thing somewhere inside its cell; returns its box."""
-    x1, y1, x2, y2 = cell_of(thing, image.width, image.height)
-    room = min(x2 - x1, y2 - y1)
-    size = int(rng.integers(SMALLEST, min(LARGEST, room) + 1))
-    mask = shape_mask(thing.shape, size, pick(rng, ANGLES))
-    if max(mask.size) > room:
-        mask = shape_mask(thing.shape, size)
-    x = int(rng.integers(x1, max(x1, x2 - mask.width) + 1))
-    y = int(rng.integers(y1, max(y1, y2 - mask.height) + 1))
+    mask = shape_mask(thing.shape, int(rng.integers(SMALLEST, LARGEST + 1)), pick(rng, ANGLES))
+    if max(mask.size) > TOKEN_SIDE - 2:
+        mask = shape_mask(thing.shape, LARGEST)
+    row, column = divmod(thing.cell, cells)
+    x = TOKEN_SIDE * column + int(rng.integers(0, TOKEN_SIDE - mask.width))
+    y = TOKEN_SIDE * row + int(rng.integers(0, TOKEN_SIDE - mask.height))
     return stamp(image, mask, jittered(rng, COLOURS[thing.colour]), x, y)
 
 
@@ -125,22 +120,22 @@ def ask(rng: np.random.Generator, task: str, answer: str, thing: Thing | None = 
     return Turn(task, pick(rng, WORDINGS[task]).format(**names), answer)
 
 
-def turns_about(rng: np.random.Generator, scene: tuple[Thing, ...], boxes: list[str]) -> list[Turn]:
+def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str]) -> list[Turn]:
     """Up to four questions, each about a thing that its wording identifies."""
-    turns = [ask(rng, "count", str(len(scene)))]
-    shapes = Counter(thing.shape for thing in scene)
-    kinds = Counter((thing.colour, thing.shape) for thing in scene)
-    lone_shapes = [thing for thing in scene if shapes[thing.shape] == 1]
-    lone = [index for index, thing in enumerate(scene) if kinds[thing.colour, thing.shape] == 1]
+    things = scene.things
+    turns = [ask(rng, "count", str(len(things)))]
+    shapes = Counter(thing.shape for thing in things)
+    kinds = Counter((thing.colour, thing.shape) for thing in things)
+    lone_shapes = [thing for thing in things if shapes[thing.shape] == 1]
+    lone = [index for index, thing in enumerate(things) if kinds[thing.colour, thing.shape] == 1]
     if lone_shapes:
         thing = pick(rng, lone_shapes)
         turns.append(ask(rng, "colour", thing.colour, thing))
-    # Finding one thing among many is hard at this size, so crowded scenes are asked about less often.
-    if lone and (len(scene) <= 3 or rng.random() < 0.3):
-        thing = scene[pick(rng, lone)]
-        turns.append(ask(rng, "position", QUARTERS[thing.quarter], thing))
+    if lone:
+        thing = things[pick(rng, lone)]
+        turns.append(ask(rng, "position", scene.place(thing), thing))
         index = pick(rng, lone)
-        turns.append(ask(rng, "box", boxes[index], scene[index]))
+        turns.append(ask(rng, "box", boxes[index], things[index]))
     order = rng.permutation(len(turns)).tolist()
     return [turns[index] for index in order]
 
@@ -148,8 +143,7 @@ def turns_about(rng: np.random.Generator, scene: tuple[Thing, ...], boxes: list[
 def render_shapes(rng: np.random.Generator, split: str) -> Example:
     """One scene and its questions."""
     scene, content = draw_in_split(draw_scene, describe, rng, split)
-    crowded = any(thing.slot is not None for thing in scene) or len(scene) > 4
-    width, height = picture_size(rng, OBLONG if crowded or rng.random() < 0.4 else SQUARE)
-    image = background(rng, width, height, neutral(rng))
-    boxes = [box_text(place(rng, thing, image), width, height) for thing in scene]
+    length = side(scene.cells)
+    image = background(rng, length, length, neutral(rng))
+    boxes = [box_text(paint(rng, scene.cells, thing, image), length, length) for thing in scene.things]
     return Example((pixels(image),), tuple(turns_about(rng, scene, boxes)), content)

@@ -1,12 +1,15 @@
-"""Reading: short words in capitals, and numbers, in several fonts, colours and slants.
+"""Reading: short words in spaced capitals, and numbers, in several fonts, sizes, colours and slants.
+
+One character stands on each visual token: what a model of minutes can learn to read. Running text is for longer training.
 
 About half of the words are English, the rest random letters, so that the reader has to read rather than guess.
 The content is the string itself whatever its looks; of a single character, the character with its font.
 """
 
 import numpy as np
+from PIL import Image
 
-from andesvl_jax.data.drawing import FONTS, background, contrasting, pixels, side, stamp, text_mask, turned
+from andesvl_jax.data.drawing import FONTS, TOKEN_SIDE, background, contrasting, pixels, side, stamp, text_mask, turned
 from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
 
 WORD_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -39,10 +42,10 @@ ENGLISH = (
     "ABLE AREA BABY BACK BALL BANK BIRD BLUE BOAT BOOK CAKE CITY COLD DARK DEEP DOOR DUCK EASY FACE FARM FISH FIVE FOUR "
     "GAME GIRL GOLD HAND HOME JUMP KING LAKE LION MILK MOON NINE OPEN PARK QUIZ RAIN ROAD SHIP SNOW TREE VERY WIND ZERO"
 ).split()
-SIZES = (20, 22, 24, 26, 28)  # pixels per em: capitals of 14 to 21 pixels
-WIDEST, HIGHEST = side(5), side(2)
+SIZES = (19, 21, 23, 25, 27)  # pixels per em: capitals of 14 to 20 pixels
+WIDEST_CHARACTER = TOKEN_SIDE - 4  # pixels
 SLANT = 8.0  # degrees either way
-BORDER = 2  # pixels
+JITTER = 2  # pixels that a character may stand off the middle of its place
 
 
 def draw_word(rng: np.random.Generator) -> tuple[str, str]:
@@ -68,24 +71,28 @@ def describe(drawn: tuple[str, str]) -> str:
     return f"text {text}" if len(text) > 1 else f"text {text} in {font}"
 
 
-def offset(rng: np.random.Generator, room: int) -> int:
-    """A place for text that leaves `room` pixels free, BORDER of them on each side where there are as many."""
-    border = min(BORDER, room // 2)
-    return int(rng.integers(border, room - border + 1))
+def character_mask(character: str, font: str, size: int, degrees: float) -> Image.Image:
+    """One slanted character that fits its place; the next smaller sizes where it does not."""
+    for smaller in range(size, 0, -2):
+        mask = turned(text_mask(character, font, smaller), degrees)
+        if max(mask.size) <= WIDEST_CHARACTER:
+            return mask
+    raise ValueError(f"font {font} draws {character!r} wider than {WIDEST_CHARACTER} pixels at every size")
 
 
 def text_picture(rng: np.random.Generator, text: str, font: str) -> np.ndarray:
-    """uint8 [27 or 55, 55..139, 3]: the text slightly slanted on a background that contrasts with it."""
-    degrees = float(rng.uniform(-SLANT, SLANT)) if rng.random() < 0.6 else 0.0
-    mask = turned(text_mask(text, font, pick(rng, SIZES)), degrees)
-    if mask.width > WIDEST - 2 * BORDER:
-        mask = turned(text_mask(text, font, SIZES[0]), degrees)
-    columns = max(2, -(-(mask.width + 2 * BORDER + 1) // 28))
-    width = min(WIDEST, side(columns + int(rng.random() < 0.2)))
-    height = side(1) if mask.height + BORDER < side(1) and rng.random() < 0.7 else HIGHEST
+    """uint8 [27, 28 max(n, 2) - 1, 3]: n characters in one font, size and slant on a background that contrasts with them."""
+    size = pick(rng, SIZES)
+    degrees = float(rng.integers(-SLANT, SLANT + 1)) if rng.random() < 0.6 else 0.0
     paper, ink = contrasting(rng)
-    image = background(rng, width, height, paper)
-    stamp(image, mask, ink, offset(rng, width - mask.width), offset(rng, height - mask.height))
+    places = max(2, len(text))
+    first = int(rng.integers(places - len(text) + 1))
+    image = background(rng, side(places), side(1), paper)
+    shifts = rng.integers(-JITTER, JITTER + 1, (len(text), 2)).tolist()
+    for place, (character, shift) in enumerate(zip(text, shifts, strict=True)):
+        mask = character_mask(character, font, size, degrees)
+        x = TOKEN_SIDE * (first + place) + (TOKEN_SIDE - 1 - mask.width) // 2 + shift[0]
+        stamp(image, mask, ink, x, (TOKEN_SIDE - 1 - mask.height) // 2 + shift[1])
     return pixels(image)
 
 

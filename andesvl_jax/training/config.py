@@ -41,6 +41,7 @@ class TrainConfig:
     budget: Budget = Budget(rows=16, tokens=224, patches=160, targets=96)
     loss_average: Literal["token", "square"] = "token"  # what a supervised token weighs, see `inputs.packing.Sample`
     max_size: int = 733  # square root of the pixel budget of a picture
+    min_tokens: int = 4  # pictures with fewer visual tokens are scaled up
     optimizer: Optimizer = Optimizer()
     steps: int = 1000
     seed: int = 0

@@ -101,7 +101,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
     if tokenizer is None:
         raise UserError(f"{config.tokenizer or out}: has no tokenizer.json, expected one beside the run or in init_from.")
     model = config.model.replace(image_token_id=tokenizer.image_token_id)
-    processor = ImageProcessor.from_hf({}, model.vision, max_size=config.max_size)
+    processor = ImageProcessor.from_hf({"min_tokens": config.min_tokens}, model.vision, max_size=config.max_size)
     data = iter(batches(config.data, tokenizer, processor, config.budget, model.vision.patch_features, config.loss_average))
     state = init_state(config, None if start is None else start.params)
     if resume:

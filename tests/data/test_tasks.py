@@ -19,7 +19,7 @@ COUNT = {"train": 1200, "validation": 600}
 TASK_NAMES = {"count", "colour", "position", "box", "word", "number", "handwritten", "chart",
               "referring", "grounding", "screen_qa"}
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
-LARGEST_MAJORITY = {"count": 0.25, "colour": 0.22, "position": 0.33, "box": 0.02, "word": 0.06, "number": 0.08,
+LARGEST_MAJORITY = {"count": 0.25, "colour": 0.22, "position": 0.2, "box": 0.02, "word": 0.06, "number": 0.08,
                     "handwritten": 0.18, "chart": 0.14, "referring": 0.11, "grounding": 0.02, "screen_qa": 0.02}
 
 
@@ -83,7 +83,7 @@ def test_pictures_are_small_rgb_and_one_pixel_short_of_whole_tokens_where_it_mat
             (picture,) = example.images
             assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
             height, width = picture.shape[:2]
-            assert 27 <= height <= 139 and 27 <= width <= 139
+            assert 24 <= height <= 139 and 24 <= width <= 139
             assert family == "handwritten" or (height % TOKEN_SIDE == width % TOKEN_SIDE == TOKEN_SIDE - 1)
             assert 1 <= len(example.turns) <= 6
             assert picture.max() > picture.min()
@@ -115,41 +115,37 @@ def test_no_answer_is_common_enough_to_be_guessed(split):
 
 
 @pytest.mark.parametrize("task", ["box", "grounding", "screen_qa"])
-def test_boxes_parse_and_no_fixed_point_hits_a_quarter_of_them(task):
+def test_boxes_parse_and_no_fixed_point_hits_many_of_them(task):
     boxes = np.array([box_of(turn.answer) for turn in turns("train") if turn.task == task])
     assert (boxes >= 0).all() and (boxes <= 1000).all() and (boxes[:, :2] < boxes[:, 2:]).all()
     points = np.arange(20, 1000, 20)
     inside_x = (boxes[:, :1] <= points) & (points <= boxes[:, 2:3])
     inside_y = (boxes[:, 1:2] <= points) & (points <= boxes[:, 3:])
-    assert (inside_x[:, :, None] & inside_y[:, None, :]).mean(0).max() < 0.26
+    assert (inside_x[:, :, None] & inside_y[:, None, :]).mean(0).max() < 0.29  # four rows of widgets: a quarter and a little
 
 
-def test_shape_boxes_are_the_painted_pixels_and_lie_in_their_quarter():
+def test_shape_boxes_are_the_painted_pixels_and_lie_in_their_cell():
     rng = np.random.default_rng(SEED)
     for _ in range(200):
-        for thing in tasks_shapes.draw_scene(rng):
-            image = Image.new("RGB", (111, 83))
-            box = tasks_shapes.place(rng, thing, image)
+        scene = tasks_shapes.draw_scene(rng)
+        for thing in scene.things:
+            image = Image.new("RGB", (TOKEN_SIDE * scene.cells - 1,) * 2)
+            box = tasks_shapes.paint(rng, scene.cells, thing, image)
             assert image.convert("L").point(lambda level: 255 * (level > 0)).getbbox() == box
-            middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-            quarter = 2 * (middle_y > 83 / 2) + (middle_x > 111 / 2)
-            assert quarter == thing.quarter
-
-
-def test_shapes_of_a_scene_do_not_overlap():
-    rng = np.random.default_rng(SEED)
-    for _ in range(200):
-        boxes = [tasks_shapes.place(rng, thing, Image.new("RGB", (83, 111))) for thing in tasks_shapes.draw_scene(rng)]
-        for index, (x1, y1, x2, y2) in enumerate(boxes):
-            assert all(x2 <= a1 or a2 <= x1 or y2 <= b1 or b2 <= y1 for a1, b1, a2, b2 in boxes[index + 1:])
+            corners = [(box[0] // TOKEN_SIDE, box[1] // TOKEN_SIDE), ((box[2] - 1) // TOKEN_SIDE, (box[3] - 1) // TOKEN_SIDE)]
+            assert corners == [(thing.cell % scene.cells, thing.cell // scene.cells)] * 2
+        assert len({thing.cell for thing in scene.things}) == len(scene.things), "things of a scene do not overlap"
 
 
 def test_counts_and_colours_agree_with_the_content():
     for example in examples("shapes", "train"):
-        things = example.content.removeprefix("shapes ").split("; ")
+        things = example.content.partition(": ")[2].split("; ")
         for turn in example.turns:
             if turn.task == "count":
                 assert turn.answer == str(len(things))
+            if turn.task == "position":
+                named = [t for t in things if " ".join(t.split()[:2]) in turn.question]
+                assert [" ".join(t.split()[2:]) for t in named] == [turn.answer]
             if turn.task == "colour":
                 named = [thing for thing in things if thing.split()[1] in turn.question]
                 assert [thing.split()[0] for thing in named] == [turn.answer]
@@ -159,7 +155,7 @@ def test_widgets_are_painted_inside_their_boxes_and_apart():
     rng = np.random.default_rng(SEED)
     for _ in range(150):
         screen, theme = tasks_screen.draw_screen(rng), tasks_screen.draw_theme(rng)
-        boxes = tasks_screen.lay_out(rng, screen, int(rng.integers(12, 21)))
+        boxes = tasks_screen.lay_out(rng, screen)
         for widget, box in zip(screen, boxes, strict=True):
             image = Image.new("RGB", (tasks_screen.WIDTH, tasks_screen.HEIGHT), theme.paper)
             blank = np.array(image)

@@ -21,7 +21,7 @@ from andesvl_jax.training.train import init_state, train, train_step
 
 
 def data_of(config):
-    processor = ImageProcessor.from_hf({}, config.model.vision, max_size=config.max_size)
+    processor = ImageProcessor.from_hf({"min_tokens": config.min_tokens}, config.model.vision, max_size=config.max_size)
     tokenizer = Tokenizer.load(config.tokenizer)
     return iter(batches(config.data, tokenizer, processor, config.budget, config.model.vision.patch_features))
 
