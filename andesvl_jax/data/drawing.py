@@ -27,8 +27,7 @@ COLOURS = {
     "purple": (150, 40, 180),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-FONTS = ("Aileron", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique",
-         "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold")
+FONTS = ("Aileron", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif")
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 lie just outside
 
 
@@ -113,15 +112,13 @@ def jittered(rng: np.random.Generator, colour: tuple[int, int, int], amount: int
 
 
 def contrasting(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """(background, ink): one dark and one light colour, either way round."""
-    dark = tuple(rng.integers(0, 90, 3).tolist())
-    light = tuple(rng.integers(175, 256, 3).tolist())
-    return (dark, light) if rng.random() < 0.5 else (light, dark)
+    """(background, ink): a light colour and a dark one."""
+    return tuple(rng.integers(200, 256, 3).tolist()), tuple(rng.integers(0, 90, 3).tolist())
 
 
 def neutral(rng: np.random.Generator) -> tuple[int, int, int]:
-    """A greyish background, light or dark, on which every one of COLOURS stands out."""
-    level = int(rng.integers(205, 250)) if rng.random() < 0.5 else int(rng.integers(8, 50))
+    """A light greyish background on which every one of COLOURS stands out."""
+    level = int(rng.integers(215, 250))
     return jittered(rng, (level, level, level), 6)
 
 

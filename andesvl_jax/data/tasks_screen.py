@@ -75,6 +75,7 @@ TITLES = ("Settings", "Notes", "Today", "Menu", "Options", "Files")
 WIDTH, HEIGHT = side(4), side(5)
 FONT, LABEL_SIZE, TITLE_SIZE = "DejaVuSans", 11, 10
 GAP = 3  # pixels between widgets
+STEP = 14  # pixels that rows are indented by
 WIDGETS = 4
 QUESTIONS = 4  # per screen: with the picture about 190 tokens
 
@@ -123,7 +124,7 @@ def describe(screen: tuple[Widget, ...]) -> str:
 def draw_theme(rng: np.random.Generator) -> Theme:
     """A light or dark theme around one accent colour."""
     accent = jittered(rng, pick(rng, tuple(COLOURS.values())))
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         paper = int(rng.integers(222, 246))
         return Theme((paper,) * 3, (255,) * 3, (20, 20, 24), (150, 150, 156), accent)
     paper = int(rng.integers(8, 30))
@@ -147,8 +148,8 @@ def lay_out(rng: np.random.Generator, screen: tuple[Widget, ...]) -> list[Box]:
             boxes.append((x1 + int(rng.integers(0, 5)), row + 1 + inset[0], x2 - int(rng.integers(0, 5)), row + 2 * TOKEN_SIDE - 2 - inset[1]))
         else:
             row = TOKEN_SIDE * (1 + widget.row)
-            width = int(rng.integers(62 if widget.kind in ("button", "field") else 92, WIDTH - 2 * GAP))
-            x1 = int(rng.integers(GAP, WIDTH - GAP - width + 1))
+            x1 = GAP + STEP * int(rng.integers(3 if widget.kind in ("button", "field") else 2))
+            width = int(rng.integers(62 if widget.kind in ("button", "field") else 88, WIDTH - GAP - x1))
             boxes.append((x1, row + 1 + inset[0], x1 + width, row + TOKEN_SIDE - 2 - inset[1]))
     return boxes
 
@@ -160,11 +161,10 @@ def write(image: Image.Image, text: str, ink: tuple[int, int, int], x: int, midd
 
 
 def paint_button(rng: np.random.Generator, image: Image.Image, widget: Widget, box: Box, theme: Theme) -> None:
-    """A filled rounded box with its label in the middle."""
+    """A filled rounded box with its label at the left."""
     x1, y1, x2, y2 = box
     ImageDraw.Draw(image).rounded_rectangle((x1, y1, x2 - 1, y2 - 1), radius=4, fill=theme.accent)
-    mask = text_mask(widget.label, FONT, LABEL_SIZE)
-    write(image, widget.label, readable_on(theme.accent), (x1 + x2 - mask.width) // 2, (y1 + y2) // 2)
+    write(image, widget.label, readable_on(theme.accent), x1 + 4, (y1 + y2) // 2)
 
 
 def paint_field(rng: np.random.Generator, image: Image.Image, widget: Widget, box: Box, theme: Theme) -> None:
@@ -197,7 +197,7 @@ def paint_checkbox(rng: np.random.Generator, image: Image.Image, widget: Widget,
     draw.rectangle((x1 + 4, middle - 5, x1 + 14, middle + 5), outline=theme.ink)
     if rng.random() < 0.5:
         draw.line((x1 + 6, middle, x1 + 8, middle + 3, x1 + 13, middle - 4), fill=theme.accent, width=2)
-    write(image, widget.label, theme.ink, x1 + 19, middle)
+    write(image, widget.label, theme.ink, x1 + 18, middle)
 
 
 def paint_slider(rng: np.random.Generator, image: Image.Image, widget: Widget, box: Box, theme: Theme) -> None:

@@ -42,10 +42,10 @@ ENGLISH = (
     "ABLE AREA BABY BACK BALL BANK BIRD BLUE BOAT BOOK CAKE CITY COLD DARK DEEP DOOR DUCK EASY FACE FARM FISH FIVE FOUR "
     "GAME GIRL GOLD HAND HOME JUMP KING LAKE LION MILK MOON NINE OPEN PARK QUIZ RAIN ROAD SHIP SNOW TREE VERY WIND ZERO"
 ).split()
-SIZES = (19, 21, 23, 25, 27)  # pixels per em: capitals of 14 to 20 pixels
+SIZES = (23, 25, 27)  # pixels per em: capitals of 17 to 20 pixels
 WIDEST_CHARACTER = TOKEN_SIDE - 4  # pixels
-SLANT = 8.0  # degrees either way
-JITTER = 2  # pixels that a character may stand off the middle of its place
+SLANT = 6  # degrees either way
+JITTER = 1  # pixels that a character may stand off the middle of its place
 
 
 def draw_word(rng: np.random.Generator) -> tuple[str, str]:
@@ -83,7 +83,7 @@ def character_mask(character: str, font: str, size: int, degrees: float) -> Imag
 def text_picture(rng: np.random.Generator, text: str, font: str) -> np.ndarray:
     """uint8 [27, 28 max(n, 2) - 1, 3]: n characters in one font, size and slant on a background that contrasts with them."""
     size = pick(rng, SIZES)
-    degrees = float(rng.integers(-SLANT, SLANT + 1)) if rng.random() < 0.6 else 0.0
+    degrees = float(rng.integers(-SLANT, SLANT + 1)) if rng.random() < 0.5 else 0.0
     paper, ink = contrasting(rng)
     places = max(2, len(text))
     first = int(rng.integers(places - len(text) + 1))

@@ -69,7 +69,7 @@ def describe_vision(config: VisionConfig) -> Vision:
         patch=Param((config.patch_features, c), ("patch", "embed")),
         patch_bias=Param((c,), ("embed",), "zeros"),
         patch_norm=Param((c,), ("embed",), "ones") if aimv2 else None,
-        table=None if config.table_side is None else Param((config.table_side**2, c), ("table", "embed"), "table"),
+        table=None if config.table_side is None else Param((config.table_side**2, c), ("table", "embed"), "position"),
         layers=layers,
         norm=Param((c,), ("embed",), "ones"),
         norm_bias=None if aimv2 else Param((c,), ("embed",), "zeros"),

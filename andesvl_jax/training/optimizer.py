@@ -25,7 +25,7 @@ def make_optimizer(config: Optimizer, description: AndesVL, steps: int) -> optax
     transforms = {f"{part} {kind}": adamw(getattr(config, part), decay) for part in PARTS for kind, decay in decays.items()}
 
     def labels(part: str):
-        kind = lambda p: "matrices" if p.init in ("normal", "residual", "table") else "vectors"  # noqa: E731
+        kind = lambda p: "matrices" if p.init not in ("ones", "zeros") else "vectors"  # noqa: E731
         return jax.tree.map(lambda p: f"{part} {kind(p)}", getattr(description, part), is_leaf=is_param)
 
     by_part = AndesVL(**{part: labels(part) for part in PARTS})

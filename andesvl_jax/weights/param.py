@@ -18,7 +18,7 @@ class Param:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Literal["normal", "residual", "zeros", "ones", "table"] = "normal"
+    init: Literal["normal", "residual", "zeros", "ones", "table", "position"] = "normal"
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -41,7 +41,7 @@ def count(description) -> int:
 
 def initialize(description, key: jax.Array, dtype) -> Any:
     """Initial values: matrices N(0, 1/fan_in), those that write into the residual stream a tenth of it, so that a token is not
-    drowned by fresh layers; tables N(0, 0.05^2); norms one; biases zero. One key per leaf, by its place."""
+    drowned by fresh layers; tables N(0, 0.05^2), of positions N(0, 0.5^2) beside patches of norm one; norms one; biases zero. One key per leaf, by its place."""
     params, tree = jax.tree.flatten(description, is_leaf=is_param)
     return jax.tree.unflatten(tree, [_initial(p, jax.random.fold_in(key, i), dtype) for i, p in enumerate(params)])
 
@@ -51,5 +51,5 @@ def _initial(param: Param, key: jax.Array, dtype) -> jax.Array:
         return jnp.zeros(param.shape, dtype)
     if param.init == "ones":
         return jnp.ones(param.shape, dtype)
-    scale = {"normal": param.shape[-2] ** -0.5, "residual": 0.1 * param.shape[-2] ** -0.5, "table": 0.05}[param.init]
+    scale = {"normal": param.shape[-2] ** -0.5, "residual": 0.1 * param.shape[-2] ** -0.5, "table": 0.05, "position": 0.5}[param.init]
     return (scale * jax.random.normal(key, param.shape)).astype(dtype)
