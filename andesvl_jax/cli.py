@@ -14,7 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "andesvl-jax" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-from andesvl_jax.errors import UserError  # noqa: E402 (the environment above must stand before jax is imported)
+from andesvl_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"andesvl: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a missing permission: the person can mend it
-        print(f"andesvl: {error.filename or 'file system'}: {error.strerror or error}; nothing saved before is lost.", file=sys.stderr)
+        print(
+            f"andesvl: {error.filename or 'file system'}: {error.strerror or error}; nothing saved before is lost.",
+            file=sys.stderr,
+        )
         return 2
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
@@ -45,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = verb("demo", _demo, "train nano, question it, compress its cache and weights, export it, write a report")
     demo.add_argument("--out", default="out/demo", help="run directory (default: %(default)s)")
-    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the training configuration")
+    demo.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the training configuration"
+    )
 
     chat = verb("chat", _chat, "ask a model about pictures")
     chat.add_argument("question", help="may hold <image> marks for the places of the pictures; without marks they come first")
@@ -70,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "train a model")
     train.add_argument("--config", required=True, help="Python file with get_config(), e.g. configs/nano_demo.py")
     train.add_argument("--out", required=True, help="run directory")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field, e.g. optimizer.decoder=1e-3")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field, e.g. optimizer.decoder=1e-3"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
     evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled-picture controls")
@@ -88,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verb("bench", _bench, "time this network beside the same network in PyTorch")
     bench.add_argument("name", choices=("decode", "train_step"))
-    bench.add_argument("--config", default="andesvl-0.6b", help="a configuration by name (default: %(default)s)")
+    bench.add_argument("--config", help="a configuration by name (default: andesvl-0.6b for decode, nano for train_step)")
     return parser
 
 
@@ -199,9 +206,14 @@ def _export(args) -> dict[str, Any]:
 def _bench(args) -> dict[str, Any]:
     script = Path(__file__).resolve().parents[1] / "benchmarks" / f"{args.name}.py"
     if not script.is_file():
-        raise UserError(f"{script}: no such file; benchmarks run from a checkout of the repository, not from an installed package.")
+        raise UserError(
+            f"{script}: no such file; benchmarks run from a checkout of the repository, not from an installed package."
+        )
     sys.path.insert(0, str(script.parent))
-    return runpy.run_path(str(script))["run"](args.config)
+    result = runpy.run_path(str(script))["run"](*([args.config] if args.config else []))
+    for row in result["rows"]:
+        print("  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+    return result
 
 
 def _command() -> str:

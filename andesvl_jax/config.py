@@ -112,41 +112,60 @@ def _check(config: AndesVLConfig) -> None:
     require(vision.num_channels == 3, "vision.num_channels", vision.num_channels, "3 (RGB)")
     require(vision.merge_size == 2, "vision.merge_size", vision.merge_size, "2 (the only merge AndesVL has)")
     require(
-        vision.hidden_size % (4 * vision.num_heads) == 0, "vision.hidden_size", vision.hidden_size,
+        vision.hidden_size % (4 * vision.num_heads) == 0,
+        "vision.hidden_size",
+        vision.hidden_size,
         f"a multiple of 4 x num_heads = {4 * vision.num_heads}, because 2-D RoPE splits each head in four",
     )
     require(
-        vision.hidden_act in ("silu", "gelu", "gelu_pytorch_tanh"), "vision.hidden_act", vision.hidden_act,
+        vision.hidden_act in ("silu", "gelu", "gelu_pytorch_tanh"),
+        "vision.hidden_act",
+        vision.hidden_act,
         "'silu', 'gelu' or 'gelu_pytorch_tanh'",
     )
     require(
-        vision.table_interpolation in ("two_dim", "one_dim"), "vision.table_interpolation", vision.table_interpolation,
+        vision.table_interpolation in ("two_dim", "one_dim"),
+        "vision.table_interpolation",
+        vision.table_interpolation,
         "'two_dim' or 'one_dim'",
     )
     require(
-        vision.table_side is None or (type(vision.table_side) is int and vision.table_side > 0), "vision.table_side",
-        vision.table_side, "None or a positive number of entries (image_size / patch_size in config.json)",
+        vision.table_side is None or (type(vision.table_side) is int and vision.table_side > 0),
+        "vision.table_side",
+        vision.table_side,
+        "None or a positive number of entries (image_size / patch_size in config.json)",
     )
     full = vision.full_attention_layers
     require(
         full is None or (type(full) is tuple and all(type(i) is int and 0 <= i < vision.num_layers for i in full)),
-        "vision.full_attention_layers", full, f"None or a tuple of layer numbers below {vision.num_layers}",
+        "vision.full_attention_layers",
+        full,
+        f"None or a tuple of layer numbers below {vision.num_layers}",
     )
     require(
-        full is None or vision.window_size >= vision.base, "vision.window_size", vision.window_size,
+        full is None or vision.window_size >= vision.base,
+        "vision.window_size",
+        vision.window_size,
         f"at least {vision.base} pixels, one visual token",
     )
     require(text.vocab_size > 0, "text.vocab_size", text.vocab_size, "a positive number")
     require(
-        text.head_dim > 0 and text.head_dim % 2 == 0, "text.head_dim", text.head_dim, "an even number, because RoPE pairs its halves"
+        text.head_dim > 0 and text.head_dim % 2 == 0,
+        "text.head_dim",
+        text.head_dim,
+        "an even number, because RoPE pairs its halves",
     )
     require(
-        text.num_kv_heads > 0 and text.num_heads % text.num_kv_heads == 0, "text.num_kv_heads", text.num_kv_heads,
+        text.num_kv_heads > 0 and text.num_heads % text.num_kv_heads == 0,
+        "text.num_kv_heads",
+        text.num_kv_heads,
         f"a divisor of num_heads = {text.num_heads}",
     )
     require(text.max_position_embeddings > 0, "text.max_position_embeddings", text.max_position_embeddings, "a positive number")
     require(
-        config.image_token_id is None or 0 <= config.image_token_id < text.vocab_size, "image_token_id", config.image_token_id,
+        config.image_token_id is None or 0 <= config.image_token_id < text.vocab_size,
+        "image_token_id",
+        config.image_token_id,
         f"an id below vocab_size = {text.vocab_size}",
     )
     require(config.attention in ("einsum", "chunked"), "attention", config.attention, "'einsum' or 'chunked'")

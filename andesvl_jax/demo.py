@@ -1,6 +1,7 @@
 """`andesvl demo`: everything once, on a laptop CPU: train, evaluate, ask, evict, quantize, export, run the exports, report."""
 
 import itertools
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ import jax
 import numpy as np
 
 from andesvl_jax.checkpoints.bundle import Bundle
+from andesvl_jax.checkpoints.hf import save
 from andesvl_jax.compression.accounting import bits_per_weight, tree_bytes
 from andesvl_jax.data.corpus import corpus, train_tokenizer
+from andesvl_jax.data.pipeline import Mixture
 from andesvl_jax.decoding.api import stream
 from andesvl_jax.decoding.generate import visual_tokens
 from andesvl_jax.evaluation.benchmarks import VALIDATION_SEED, Item, nano_validation
@@ -20,14 +23,30 @@ from andesvl_jax.evaluation.report import cards, loss_curve, results_table, writ
 from andesvl_jax.evaluation.scorers import correct
 from andesvl_jax.export import ExportShapes, export
 from andesvl_jax.inputs.image import prepare_image
-from andesvl_jax.inputs.packing import assemble_prompts, bucket, make_sample
+from andesvl_jax.inputs.packing import Budget, assemble_prompts, bucket, make_sample
 from andesvl_jax.model.andesvl import describe
-from andesvl_jax.training.config import TrainConfig, with_changes
+from andesvl_jax.training.config import Optimizer, TrainConfig, with_changes
 from andesvl_jax.training.metrics import environment, read_metrics
 from andesvl_jax.training.train import train
 from andesvl_jax.weights import ALL_MATRICES, count, quantize_leaves
 
-TRAINING = TrainConfig()
+STEPS = 330  # of every stage: equal, so that one compiled step serves all
+_BASE = TrainConfig(
+    budget=Budget(rows=6, tokens=224, patches=112, targets=96), min_tokens=1, loss_average="square",
+    optimizer=Optimizer(vision=1.5e-3, projector=1.5e-3, decoder=1.5e-3), steps=STEPS, checkpoint_every=STEPS, keep=1,
+)  # fmt: skip
+_ALL = {"shapes": 1.8, "word": 1.5, "number": 1.0, "handwritten": 1.5, "chart": 1.2, "screen": 1.0}
+# A model from nothing learns to look at a picture far sooner from short answers about one thing than from the whole mixture.
+STAGES: dict[str, TrainConfig] = {
+    "words": replace(_BASE, data=Mixture({"word": 1.0})),
+    "reading": replace(_BASE, data=Mixture({"word": 1.0, "number": 2.0, "handwritten": 3.0}, seed=1)),
+    "simple scenes": replace(
+        _BASE, data=Mixture({"shapes": 1.0, "chart": 0.4, "handwritten": 0.5, "word": 0.5}, ramp=1 << 30, seed=2)
+    ),
+    "scenes that fill up": replace(_BASE, data=Mixture(_ALL, ramp=2000, seed=3)),
+    "everything": replace(_BASE, data=Mixture(_ALL, seed=4)),
+    "everything, again": replace(_BASE, data=Mixture(_ALL, seed=5)),
+}
 TARGETS = {"handwritten": 0.9, "colour": 0.9, "count": 0.9, "word": 0.6}  # accuracy; every task also 0.3 above blind
 PER_TASK, PER_TASK_COMPRESSED = 150, 40
 IMAGES = 1000  # pictures of random sizes in the count of compiled programs
@@ -43,12 +62,12 @@ def run_demo(out: Path, changes: Sequence[str], command: str) -> dict[str, Any]:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True)
 
-    config = with_changes(TRAINING, changes)
+    stages = {name: with_changes(stage, changes) for name, stage in STAGES.items()}
     out.mkdir(parents=True, exist_ok=True)
     say("tokenizer: byte-level BPE on the training questions and English text")
-    train_tokenizer(corpus(config.seed), out / "tokenizer.json")
-    say(f"training nano, {count(describe(config.model)):,} parameters, {config.steps} steps")
-    bundle = train(config, out, command=command)
+    train_tokenizer(corpus(0), out / "tokenizer.json")
+    bundle, metrics = _train_stages(stages, out, command, say)
+    parameters = count(describe(bundle.config))
 
     say("evaluation on unseen content, beside blind and shuffled-picture controls")
     items = nano_validation(PER_TASK)
@@ -80,20 +99,22 @@ def run_demo(out: Path, changes: Sequence[str], command: str) -> dict[str, Any]:
     for name in ("stablehlo", "litert", "litert-int8"):
         form, _, weights = name.partition("-")
         exported[name] = export(bundle, out / "export" / name, form, weights or None, shapes, prompt)
-        print("  " + ", ".join(f"{stage} {check['max_abs_diff']:.1e}" for stage, check in exported[name]["checks"].items()) + f"  {name}")
-    checks = [{"artifact": name, "stage": stage} | check for name, done in exported.items() for stage, check in done["checks"].items()]
+        differences = (f"{stage} {check['max_abs_diff']:.1e}" for stage, check in exported[name]["checks"].items())
+        print(f"  {name:<12} max |difference|: {', '.join(differences)}")
+    checks = [
+        {"artifact": name, "stage": stage} | check for name, done in exported.items() for stage, check in done["checks"].items()
+    ]
     files = {f"{name}/{file}": size for name, done in exported.items() for file, size in done["files"].items()}
 
     seconds = time.perf_counter() - began
     report = out / "report.html"
-    metrics = read_metrics(out)
     write_report(
-        report, command=command, seconds=seconds, parameters=count(describe(config.model)), results=results, missed=missed,
-        curve=loss_curve(metrics), training=_training_line(config, metrics), cards=cards(shown, replies), eviction=eviction,
+        report, command=command, seconds=seconds, parameters=parameters, results=results, missed=missed,
+        curve=loss_curve(metrics), training=_training_line(stages, metrics), cards=cards(shown, replies), eviction=eviction,
         quantized=quantized, exports=checks, files=files, images=IMAGES, compiled_programs=programs, buckets=buckets,
         environment=_flat(environment()),
     )  # fmt: skip
-    say(f"report: {report}; ask the model: andesvl chat --model {out / 'model'} --image FILE \"How many shapes are there?\"")
+    say(f'report: {report}; ask the model: andesvl chat --model {out / "model"} --image FILE "How many shapes are there?"')
     return {
         "seconds": seconds,
         "tasks": {task: {k: row[k] for k in ("accuracy", "blind", "shuffled", "n")} for task, row in as_json(results).items()},
@@ -102,6 +123,26 @@ def run_demo(out: Path, changes: Sequence[str], command: str) -> dict[str, Any]:
         "export_equal": all(check["ok"] for check in checks),
         "report": str(report),
     }
+
+
+def _train_stages(stages: dict[str, TrainConfig], out: Path, command: str, say) -> tuple[Bundle, list[dict[str, float]]]:
+    """Trains stage after stage, each from the model of the one before, and saves the last as `out`/model.
+
+    Returns:
+      the trained bundle; the metrics of all stages, steps and seconds counted through.
+    """
+    shutil.rmtree(out / "stages", ignore_errors=True)  # records of an earlier demo; its model stands until the end
+    bundle, start, metrics, steps, seconds = None, None, [], 0, 0.0
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        say(f"training nano, {count(describe(stage.model)):,} parameters, stage {number} of {len(stages)}: {name}")
+        folder = out / "stages" / f"{number}-{name.replace(' ', '-').replace(',', '')}"
+        bundle = train(replace(stage, init_from=start, tokenizer=str(out)), folder, command=command)
+        start = str(folder / "model")
+        done = read_metrics(folder)
+        metrics += [m | {"step": m["step"] + steps, "seconds": m["seconds"] + seconds} for m in done]
+        steps, seconds = steps + stage.steps, seconds + done[-1]["seconds"]
+    save(bundle, out / "model")
+    return bundle, metrics
 
 
 def shortfalls(results: dict[str, TaskResult]) -> list[str]:
@@ -130,7 +171,7 @@ def compiled_programs(bundle: Bundle, images: int = IMAGES) -> tuple[int, int]:
     return visual_tokens._cache_size() - before, len(buckets)
 
 
-_EVICTIONS = ((None, 1.0), ("okv", 0.5), ("snapkv", 0.5), ("streaming", 0.5), ("okv", 0.25), ("snapkv", 0.25), ("streaming", 0.25))
+_EVICTIONS = ((None, 1.0), *itertools.product(("okv", "snapkv", "streaming"), (0.5, 0.25)))
 
 
 def _evicted(bundle: Bundle, items: Sequence[Item], policy: str | None, budget: float) -> dict[str, Any]:
@@ -164,11 +205,11 @@ def _few_of_each(items: Sequence[Item], number: int = 3) -> list[Item]:
     return [item for _, group in groups for item in itertools.islice(group, number)]
 
 
-def _training_line(config: TrainConfig, metrics: Sequence[dict[str, float]]) -> str:
-    last = metrics[-1]
+def _training_line(stages: dict[str, TrainConfig], metrics: Sequence[dict[str, float]]) -> str:
+    last, budget = metrics[-1], next(iter(stages.values())).budget
     return (
-        f"{config.steps} steps of {config.budget.rows} packed rows of {config.budget.tokens} tokens and {config.budget.patches} "
-        f"patches in {last['seconds']:.0f} s ({last['tokens_per_s']:,.0f} tokens/s), final loss {last['loss']:.3f}, seed {config.seed}."
+        f"{last['step']} steps in {len(stages)} stages ({'; '.join(stages)}) of {budget.rows} packed rows of {budget.tokens} "
+        f"tokens and {budget.patches} patches in {last['seconds']:.0f} s; loss {last['loss']:.3f}."
     )
 
 

@@ -1,12 +1,12 @@
-"""The training run of `andesvl demo`: `nano` from nothing on rendered tasks and handwritten digits, minutes on a laptop CPU.
+"""The first stage of `andesvl demo`: `nano` learns from nothing to read rendered words, in under a minute on a laptop CPU.
 
-Needs a tokenizer.json in the run directory (the demo trains one). Command:
+Command:
 
-    andesvl train --config configs/nano_demo.py --out out/nano_demo --set tokenizer=out/demo/model
+    andesvl train --config configs/nano_demo.py --out out/words --set tokenizer=out/demo/model
 """
 
-from andesvl_jax.demo import TRAINING
+from andesvl_jax.demo import STAGES
 
 
 def get_config():
-    return TRAINING
+    return STAGES["words"]

@@ -32,7 +32,9 @@ class Cache:
 def empty_cache(config: TextConfig, rows: int, slots: int, dtype) -> Cache:
     shape = (config.num_layers, rows, config.num_kv_heads, slots)
     zeros = jnp.zeros((*shape, config.head_dim), dtype)
-    return Cache(zeros, jnp.zeros_like(zeros), jnp.full(shape, -1, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32))
+    return Cache(
+        zeros, jnp.zeros_like(zeros), jnp.full(shape, -1, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32)
+    )
 
 
 def reserve(cache: Cache, positions: jax.Array) -> Cache:

@@ -63,14 +63,17 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = VO
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     byte_level = {"add_prefix_space": False, "use_regex": False}
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(**byte_level),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(**byte_level),
+        ]
+    )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False, **byte_level)
     tokenizer.decoder = decoders.ByteLevel(**byte_level)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=[], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[], show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise UserError(f"tokenizer corpus: gave {tokenizer.get_vocab_size()} entries, expected {vocab_size}; add text")

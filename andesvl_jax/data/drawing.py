@@ -77,8 +77,20 @@ def shape_outline(shape: str) -> list[tuple[float, float]]:
         return [(0, -1), (1, 0.9), (-1, 0.9)]
     if shape == "cross":
         arm = 0.34
-        return [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
-                (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)]
+        return [
+            (-arm, -1),
+            (arm, -1),
+            (arm, -arm),
+            (1, -arm),
+            (1, arm),
+            (arm, arm),
+            (arm, 1),
+            (-arm, 1),
+            (-arm, arm),
+            (-1, arm),
+            (-1, -arm),
+            (-arm, -arm),
+        ]
     corners, inner = (10, 0.42) if shape == "star" else (48, 1.0)
     radii = [1.0 if corner % 2 == 0 else inner for corner in range(corners)]
     angles = [2 * math.pi * corner / corners - math.pi / 2 for corner in range(corners)]
@@ -91,8 +103,9 @@ def shape_mask(shape: str, size: int, degrees: int = 0) -> Image.Image:
     radius, margin = size * SUPERSAMPLE / 2, size
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     centre = radius + margin
-    corners = [(centre + radius * (x * cosine - y * sine), centre + radius * (x * sine + y * cosine))
-               for x, y in shape_outline(shape)]
+    corners = [
+        (centre + radius * (x * cosine - y * sine), centre + radius * (x * sine + y * cosine)) for x, y in shape_outline(shape)
+    ]
     pixels = int(2 * centre) // SUPERSAMPLE * SUPERSAMPLE
     large = Image.new("L", (pixels, pixels))
     ImageDraw.Draw(large).polygon(corners, fill=255)

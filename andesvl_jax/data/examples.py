@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 VALIDATION_SHARE = 0.1
+MANY = 6  # things in the fullest picture
 T = TypeVar("T")
 
 
@@ -39,8 +40,9 @@ def in_validation(content: str) -> bool:
     return int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
 
 
-def draw_in_split(draw: Callable[[np.random.Generator], T], describe: Callable[[T], str],
-                  rng: np.random.Generator, split: str) -> tuple[T, str]:
+def draw_in_split(
+    draw: Callable[[np.random.Generator], T], describe: Callable[[T], str], rng: np.random.Generator, split: str
+) -> tuple[T, str]:
     """Draw until the content falls in `split`; returns what was drawn and its description."""
     while True:
         drawn = draw(rng)

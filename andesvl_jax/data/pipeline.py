@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
-from andesvl_jax.data.examples import Example
+from andesvl_jax.data.examples import MANY, Example
 from andesvl_jax.data.registry import TASKS, render
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.chat import render_training
@@ -23,6 +23,7 @@ class Mixture:
     """Share of each task family; families with weight 0 are left out."""
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    ramp: int = 0  # examples of a family over which its pictures fill up from one thing to many
     split: str = "train"
     seed: int = 0
 
@@ -31,7 +32,16 @@ class Mixture:
         if unknown:
             raise UserError(f"data.weights names {unknown[0]!r}, expected families among {', '.join(TASKS)}.")
         if not any(weight > 0 for weight in self.weights.values()):
-            raise UserError(f"data.weights is {dict(self.weights)}: the dataset is empty, expected a positive weight for some family.")
+            raise UserError(
+                f"data.weights is {dict(self.weights)}: the dataset is empty, expected a positive weight for some family."
+            )
+
+
+def crowd_at(index: int, ramp: int) -> int:
+    """How many things a picture may hold: one in the first third of the ramp, then more step by step."""
+    if index >= ramp:
+        return MANY
+    return max(1, 1 + int((MANY - 1) * (3 * index - ramp) / (2 * ramp)))
 
 
 def examples(mixture: Mixture) -> grain.MapDataset:
@@ -39,7 +49,9 @@ def examples(mixture: Mixture) -> grain.MapDataset:
     weights = {family: weight for family, weight in mixture.weights.items() if weight > 0}
 
     def of(family: str) -> grain.MapDataset:
-        return grain.MapDataset.range(1 << 40).map(lambda i, family=family: render(family, mixture.seed, int(i), mixture.split))
+        return grain.MapDataset.range(1 << 40).map(
+            lambda i: render(family, mixture.seed, int(i), mixture.split, crowd_at(int(i), mixture.ramp))
+        )
 
     return grain.MapDataset.mix([of(family) for family in weights], list(weights.values()))
 

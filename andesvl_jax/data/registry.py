@@ -6,13 +6,13 @@ from collections.abc import Callable
 import numpy as np
 
 from andesvl_jax.data import tasks_chart, tasks_digits, tasks_screen, tasks_shapes, tasks_text
-from andesvl_jax.data.examples import Example, in_validation
+from andesvl_jax.data.examples import MANY, Example, in_validation
 from andesvl_jax.errors import UserError
 
 __all__ = ["SPLITS", "TASKS", "WORDINGS", "in_validation", "render"]
 
 SPLITS = ("train", "validation")
-TASKS: dict[str, Callable[[np.random.Generator, str], Example]] = {
+TASKS: dict[str, Callable[[np.random.Generator, str, int], Example]] = {
     "shapes": tasks_shapes.render_shapes,
     "word": tasks_text.render_word,
     "number": tasks_text.render_number,
@@ -27,8 +27,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def render(family: str, seed: int, index: int, split: str) -> Example:
-    """Example `index` of a family: a pure function of its arguments.
+def render(family: str, seed: int, index: int, split: str, crowd: int = MANY) -> Example:
+    """Example `index` of a family: a pure function of its arguments, with at most `crowd` shapes, bars or widgets in it.
 
     Raises UserError for a family that is not in TASKS or a split that is not in SPLITS.
     """
@@ -37,4 +37,4 @@ def render(family: str, seed: int, index: int, split: str) -> Example:
     if split not in SPLITS:
         raise UserError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([seed, index, zlib.crc32(family.encode()), SPLITS.index(split)])
-    return TASKS[family](rng, split)
+    return TASKS[family](rng, split, crowd)

@@ -3,6 +3,8 @@
 The content is the sorted list of (colour, value); the order of the bars, the numbers above them and the looks are free.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -39,20 +41,31 @@ TICKS = (0, 50, 100)  # lines of the grid
 FONT = "DejaVuSans"
 
 
-def draw_chart(rng: np.random.Generator) -> tuple[tuple[str, int], ...]:
-    """Four bars (colour, value) of different colours, from left to right."""
+@dataclass(frozen=True)
+class Bar:
+    """A bar and its place, 0 to 3 from left to right."""
+
+    place: int
+    colour: str
+    value: int
+
+
+def draw_chart(rng: np.random.Generator, most: int = BARS) -> tuple[Bar, ...]:
+    """Four bars of different colours; any smaller number of them in some of the places where `most` is below four."""
+    count = BARS if most >= BARS else int(rng.integers(1, most + 1))
     names = tuple(COLOURS)
-    colours = rng.permutation(len(names))[:BARS].tolist()
-    values = rng.integers(len(VALUES), size=BARS).tolist()
-    return tuple((names[colour], VALUES[value]) for colour, value in zip(colours, values, strict=True))
+    places = rng.permutation(BARS)[:count].tolist()
+    colours = rng.permutation(len(names))[:count].tolist()
+    values = rng.integers(len(VALUES), size=count).tolist()
+    return tuple(Bar(p, names[colour], VALUES[value]) for p, colour, value in zip(places, colours, values, strict=True))
 
 
-def describe(bars: tuple[tuple[str, int], ...]) -> str:
+def describe(bars: tuple[Bar, ...]) -> str:
     """Canonical content of a chart."""
-    return "chart " + "; ".join(f"{colour} {value}" for colour, value in sorted(bars))
+    return "chart " + "; ".join(sorted(f"{bar.colour} {bar.value}" for bar in bars))
 
 
-def paint(rng: np.random.Generator, image: Image.Image, bars: tuple[tuple[str, int], ...]) -> None:
+def paint(rng: np.random.Generator, image: Image.Image, bars: tuple[Bar, ...]) -> None:
     """Grid lines at 0, 50 and 100, and the bars, with or without their values written above."""
     draw = ImageDraw.Draw(image)
     light = sum(image.getpixel((0, 0))) > 3 * 128
@@ -64,32 +77,31 @@ def paint(rng: np.random.Generator, image: Image.Image, bars: tuple[tuple[str, i
         draw.line((0, y, image.width, y), fill=ink if tick == 0 else grid)
     bar_width = int(rng.integers(13, 24))
     written = rng.random() < 0.5
-    for index, (colour, value) in enumerate(bars):
-        x = TOKEN_SIDE * index + (TOKEN_SIDE - bar_width) // 2 + int(rng.integers(-2, 3))
-        y = base - round((base - top) * value / TOP_OF_AXIS)
-        draw.rectangle((x, y, x + bar_width - 1, base - 1), fill=jittered(rng, COLOURS[colour]))
+    for bar in bars:
+        x = TOKEN_SIDE * bar.place + (TOKEN_SIDE - bar_width) // 2 + int(rng.integers(-2, 3))
+        y = base - round((base - top) * bar.value / TOP_OF_AXIS)
+        draw.rectangle((x, y, x + bar_width - 1, base - 1), fill=jittered(rng, COLOURS[bar.colour]))
         if written:
-            mask = text_mask(str(value), FONT, 9)
+            mask = text_mask(str(bar.value), FONT, 9)
             stamp(image, mask, ink, x + (bar_width - mask.width) // 2, y - 1 - mask.height)
 
 
-def turns_about(rng: np.random.Generator, bars: tuple[tuple[str, int], ...]) -> list[Turn]:
+def turns_about(rng: np.random.Generator, bars: tuple[Bar, ...]) -> list[Turn]:
     """The values of two bars, and the tallest or shortest bar where there is only one."""
     turns = []
-    for index in rng.permutation(BARS)[:2].tolist():
-        colour, value = bars[index]
-        turns.append(Turn("chart", pick(rng, VALUE_WORDINGS).format(colour=colour), str(value)))
-    values = [value for _, value in bars]
+    for index in rng.permutation(len(bars))[:2].tolist():
+        turns.append(Turn("chart", pick(rng, VALUE_WORDINGS).format(colour=bars[index].colour), str(bars[index].value)))
+    values = [bar.value for bar in bars]
     extreme, wordings = (max, TALLEST_WORDINGS) if rng.random() < 0.65 else (min, SHORTEST_WORDINGS)
     if values.count(extreme(values)) == 1:
-        turns.append(Turn("chart", pick(rng, wordings), bars[values.index(extreme(values))][0]))
+        turns.append(Turn("chart", pick(rng, wordings), bars[values.index(extreme(values))].colour))
     order = rng.permutation(len(turns)).tolist()
     return [turns[index] for index in order]
 
 
-def render_chart(rng: np.random.Generator, split: str) -> Example:
+def render_chart(rng: np.random.Generator, split: str, crowd: int) -> Example:
     """One bar chart and its questions."""
-    bars, content = draw_in_split(draw_chart, describe, rng, split)
+    bars, content = draw_in_split(lambda rng: draw_chart(rng, crowd), describe, rng, split)
     width, height = picture_size(rng, SIZES)
     image = background(rng, width, height, neutral(rng))
     paint(rng, image, bars)

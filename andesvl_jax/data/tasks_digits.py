@@ -49,13 +49,19 @@ def enlarge(rng: np.random.Generator, digit: np.ndarray, size: int, move: bool) 
     centre = size / 2
     # Pillow's coefficients map an output pixel to the place in the input it is read from.
     middle = GRID / 2 + MARGIN
-    coefficients = (cosine, sine, middle + shift[0] - centre * (cosine + sine),
-                    -sine, cosine, middle + shift[1] - centre * (cosine - sine))
+    coefficients = (
+        cosine,
+        sine,
+        middle + shift[0] - centre * (cosine + sine),
+        -sine,
+        cosine,
+        middle + shift[1] - centre * (cosine - sine),
+    )
     small = Image.fromarray(np.pad((digit * (255 / BRIGHTEST)).astype(np.uint8), MARGIN))
     return small.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
 
 
-def render_handwritten(rng: np.random.Generator, split: str) -> Example:
+def render_handwritten(rng: np.random.Generator, split: str, crowd: int) -> Example:
     """One handwritten digit to name."""
     first, last = (TRAINING, USABLE) if split == "validation" else (0, TRAINING)
     index = int(rng.integers(first, last))

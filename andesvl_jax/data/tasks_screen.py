@@ -87,6 +87,7 @@ class Widget:
     kind: str
     label: str
     row: int
+    column: int = 0  # of a tile
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,14 @@ class Theme:
 Paint = Callable[[np.random.Generator, Image.Image, Widget, Box, Theme], None]
 
 
-def draw_screen(rng: np.random.Generator) -> tuple[Widget, ...]:
-    """Four widgets with different labels: a list of rows, or tiles, two to a row."""
-    labels = [LABELS[index] for index in rng.permutation(len(LABELS))[:WIDGETS].tolist()]
+def draw_screen(rng: np.random.Generator, most: int = WIDGETS) -> tuple[Widget, ...]:
+    """Four widgets with different labels, a list of rows or tiles two to a row; fewer of them where `most` is below four."""
+    count = WIDGETS if most >= WIDGETS else int(rng.integers(1, most + 1))
+    labels = [LABELS[index] for index in rng.permutation(len(LABELS))[:count].tolist()]
+    places = rng.permutation(WIDGETS)[:count].tolist()
     if rng.random() < 0.35:
-        return tuple(Widget("tile", label, index // 2) for index, label in enumerate(labels))
-    return tuple(Widget(pick(rng, kinds_of(label)), label, row) for row, label in enumerate(labels))
+        return tuple(Widget("tile", label, place // 2, place % 2) for label, place in zip(labels, places, strict=True))
+    return tuple(Widget(pick(rng, kinds_of(label)), label, place) for label, place in zip(labels, places, strict=True))
 
 
 def kinds_of(label: str) -> tuple[str, ...]:
@@ -140,12 +143,19 @@ def readable_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
 def lay_out(rng: np.random.Generator, screen: tuple[Widget, ...]) -> list[Box]:
     """A box per widget below the title bar: rows of one visual token, tiles of two by two, of uneven widths and edges."""
     boxes = []
-    for index, widget in enumerate(screen):
+    for widget in screen:
         inset = rng.integers(0, 3, 2).tolist()
         if widget.kind == "tile":
             middle, row = WIDTH // 2, TOKEN_SIDE * (1 + 2 * widget.row)
-            x1, x2 = (GAP, middle - 1) if index % 2 == 0 else (middle + 2, WIDTH - GAP)
-            boxes.append((x1 + int(rng.integers(0, 5)), row + 1 + inset[0], x2 - int(rng.integers(0, 5)), row + 2 * TOKEN_SIDE - 2 - inset[1]))
+            x1, x2 = (GAP, middle - 1) if widget.column == 0 else (middle + 2, WIDTH - GAP)
+            boxes.append(
+                (
+                    x1 + int(rng.integers(0, 5)),
+                    row + 1 + inset[0],
+                    x2 - int(rng.integers(0, 5)),
+                    row + 2 * TOKEN_SIDE - 2 - inset[1],
+                )
+            )
         else:
             row = TOKEN_SIDE * (1 + widget.row)
             x1 = GAP + STEP * int(rng.integers(3 if widget.kind in ("button", "field") else 2))
@@ -248,9 +258,9 @@ def turns_about(rng: np.random.Generator, screen: tuple[Widget, ...], boxes: lis
     return [turns[index] for index in order[:QUESTIONS]]
 
 
-def render_screen(rng: np.random.Generator, split: str) -> Example:
+def render_screen(rng: np.random.Generator, split: str, crowd: int) -> Example:
     """One screen and its questions."""
-    screen, content = draw_in_split(draw_screen, describe, rng, split)
+    screen, content = draw_in_split(lambda rng: draw_screen(rng, crowd), describe, rng, split)
     theme = draw_theme(rng)
     image = Image.new("RGB", (WIDTH, HEIGHT), theme.paper)
     title_height = int(rng.integers(20, TOKEN_SIDE))

@@ -24,7 +24,7 @@ from andesvl_jax.data.drawing import (
     side,
     stamp,
 )
-from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
+from andesvl_jax.data.examples import MANY, Example, Turn, draw_in_split, pick
 
 WORDINGS = {
     "count": (
@@ -61,7 +61,7 @@ PLACES = {
     2: ("top left", "top right", "bottom left", "bottom right"),
     3: ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"),
 }  # by cells a side, row by row
-LARGEST_COUNT = 6
+LARGEST_COUNT = MANY
 SMALLEST, LARGEST = 15, 24  # pixels
 ANGLES = (-14, -7, 0, 7, 14)  # degrees
 
@@ -86,9 +86,9 @@ class Scene:
         return PLACES[self.cells][thing.cell]
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """1 to 6 things; few of them may stand on the smaller grid."""
-    count = int(rng.integers(1, LARGEST_COUNT + 1))
+def draw_scene(rng: np.random.Generator, crowd: int = LARGEST_COUNT) -> Scene:
+    """1 to `crowd` things; few of them may stand on the smaller grid."""
+    count = int(rng.integers(1, crowd + 1))
     cells = 2 if count <= 3 and rng.random() < 0.3 else 3
     places = rng.permutation(cells * cells)[:count].tolist()
     colours = rng.integers(len(COLOURS), size=count).tolist()
@@ -140,9 +140,9 @@ def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str]) -> lis
     return [turns[index] for index in order]
 
 
-def render_shapes(rng: np.random.Generator, split: str) -> Example:
+def render_shapes(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT) -> Example:
     """One scene and its questions."""
-    scene, content = draw_in_split(draw_scene, describe, rng, split)
+    scene, content = draw_in_split(lambda rng: draw_scene(rng, crowd), describe, rng, split)
     length = side(scene.cells)
     image = background(rng, length, length, neutral(rng))
     boxes = [box_text(paint(rng, scene.cells, thing, image), length, length) for thing in scene.things]

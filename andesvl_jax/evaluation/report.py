@@ -9,14 +9,14 @@ from typing import Any, Sequence
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed or asked for
-import jinja2  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+import jinja2
+import numpy as np
+from matplotlib import pyplot as plt
+from PIL import Image, ImageDraw
 
-from andesvl_jax.evaluation.benchmarks import Item  # noqa: E402
-from andesvl_jax.evaluation.evaluate import TaskResult  # noqa: E402
-from andesvl_jax.evaluation.scorers import correct, parse_box  # noqa: E402
+from andesvl_jax.evaluation.benchmarks import Item
+from andesvl_jax.evaluation.evaluate import TaskResult
+from andesvl_jax.evaluation.scorers import correct, parse_box
 
 THUMBNAIL = 220  # pixels of the longer side
 TRUE_BOX, PREDICTED_BOX = (34, 139, 74), (214, 69, 65)

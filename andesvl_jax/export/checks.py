@@ -164,4 +164,3 @@ def _reference(params: AndesVL, config: AndesVLConfig, batch: Batch) -> dict[str
     x = embed_inputs(params, config, batch.tokens, visual, batch.visual_index)
     hidden, _, _ = decode(params.decoder, config, x, Place(batch.positions))
     return {"visual": visual, "logits": logits(params.decoder, hidden)}
-

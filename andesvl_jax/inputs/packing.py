@@ -46,15 +46,15 @@ class Batch:
 class Sample:
     """One conversation: tokens int32 [t]; supervised bool [t] marks tokens the loss is taken on; images in order.
 
-    average: what a supervised token weighs, "token" = 1 or "square" = n^-0.5 in an answer of n tokens, so that long answers
-    (boxes) do not drown short ones (the square averaging of InternVL 2.5).
+    average: what a supervised token weighs in an answer of n tokens: "token" = 1, "square" = n^-0.5, "sample" = 1/n. With the
+    last two long answers (boxes) do not drown short ones (the averaging rules that InternVL 2.5 compares).
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     images: tuple[Patches, ...]
     image_token_id: int
-    average: Literal["token", "square"] = "token"
+    average: Literal["token", "square", "sample"] = "token"
 
     @property
     def patches(self) -> int:
@@ -71,7 +71,7 @@ class Sample:
             return np.ones(self.targets, np.float32)
         edges = np.flatnonzero(np.diff(self.supervised.astype(np.int8), prepend=0, append=0))  # start, end of each answer
         lengths = edges[1::2] - np.maximum(edges[::2], 1)  # nothing predicts the first token of a row
-        return np.repeat(lengths, lengths).astype(np.float32) ** -0.5
+        return np.repeat(lengths, lengths).astype(np.float32) ** (-0.5 if self.average == "square" else -1.0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ def make_sample(
     tokens = np.asarray(tokens, np.int32)
     slots, given = int(np.count_nonzero(tokens == image_token_id)), sum(len(i.patches) for i in images) // MERGED
     if slots != given:
-        raise UserError(f"the prompt has {slots} image slots but its {len(images)} images make {given} visual tokens; expected equal.")
+        raise UserError(
+            f"the prompt has {slots} image slots but its {len(images)} images make {given} visual tokens; expected equal."
+        )
     return Sample(tokens, np.asarray(supervised, bool), tuple(images), image_token_id, average)
 
 
@@ -130,7 +132,8 @@ def assemble(rows: Sequence[Sequence[Sample]], budget: Budget, patch_features: i
         if not budget.holds(samples):
             raise UserError(
                 f"row {r} has {sum(len(s.tokens) for s in samples)} tokens, {sum(s.patches for s in samples)} patches and "
-                f"{sum(s.targets for s in samples)} targets, expected at most {budget.tokens}, {budget.patches} and {budget.targets}."
+                f"{sum(s.targets for s in samples)} targets, expected at most {budget.tokens}, {budget.patches} and "
+                f"{budget.targets}."
             )
         t = p = m = image_number = 0
         for number, sample in enumerate(samples):
@@ -152,7 +155,9 @@ def assemble(rows: Sequence[Sequence[Sample]], budget: Budget, patch_features: i
                 images.segments[r, place] = image_number
                 p, image_number = place.stop, image_number + 1
             t, m = span.stop, m + len(predicted)
-    return Batch(tokens, positions, segments, visual_index, target_slots, targets, target_weights, images if budget.patches else None)
+    return Batch(
+        tokens, positions, segments, visual_index, target_slots, targets, target_weights, images if budget.patches else None
+    )
 
 
 def assemble_prompts(samples: Sequence[Sample], patch_features: int) -> Batch:

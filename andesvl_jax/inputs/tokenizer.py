@@ -17,9 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from andesvl_jax.errors import UserError
 
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # (token, special) in id order, 151643 first in the releases; the last twelve survive decode(skip_special=True).
 ADDED_TOKENS: tuple[tuple[str, bool], ...] = (
@@ -87,7 +85,10 @@ class Tokenizer:
 
     @classmethod
     def from_merges(
-        cls, merges: Sequence[tuple[str, str]], vocab: dict[str, int] | None = None, settings: dict[str, Any] | None = None,
+        cls,
+        merges: Sequence[tuple[str, str]],
+        vocab: dict[str, int] | None = None,
+        settings: dict[str, Any] | None = None,
         source: str | Path = "merges",
     ) -> "Tokenizer":
         """Byte-level BPE of these merges, in order of rank, followed by ADDED_TOKENS. `source` names them in errors.

@@ -17,7 +17,7 @@ from andesvl_jax.weights import Leaf, Param, dot
 
 @struct.dataclass
 class VisionLayer:
-    """norm*: [C]; qkv: [C, 3C]; proj: [C, C]; fc1, fc3 (AIMv2: gate, up): [C, F]; fc2: [F, C]; biases where the family has them."""
+    """norm*: [C]; qkv: [C, 3C]; proj: [C, C]; fc1, fc3 (AIMv2: gate, up): [C, F]; fc2: [F, C]; biases where there are any."""
 
     norm1: Leaf
     norm1_bias: Leaf | None

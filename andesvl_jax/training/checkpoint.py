@@ -18,9 +18,13 @@ def open_manager(path: Path, keep: int) -> ocp.CheckpointManager:
 def save_checkpoint(manager: ocp.CheckpointManager, step: int, state, data) -> None:
     """Raises UserError when the disk refuses; earlier checkpoints stay."""
     try:
-        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)))
+        manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
+        )
     except OSError as error:
-        raise UserError(f"{manager.directory}: checkpoint {step} could not be written ({error}); earlier ones are untouched.") from error
+        raise UserError(
+            f"{manager.directory}: checkpoint {step} could not be written ({error}); earlier ones are untouched."
+        ) from error
 
 
 def restore_latest(manager: ocp.CheckpointManager, state, data):

@@ -39,7 +39,7 @@ class TrainConfig:
     tokenizer: str | None = None  # directory with tokenizer.json; None: that of init_from
     data: Mixture = field(default_factory=Mixture)
     budget: Budget = Budget(rows=16, tokens=224, patches=160, targets=96)
-    loss_average: Literal["token", "square"] = "token"  # what a supervised token weighs, see `inputs.packing.Sample`
+    loss_average: Literal["token", "square", "sample"] = "token"  # what a supervised token weighs, see `inputs.packing.Sample`
     max_size: int = 733  # square root of the pixel budget of a picture
     min_tokens: int = 4  # pictures with fewer visual tokens are scaled up
     optimizer: Optimizer = Optimizer()
@@ -53,8 +53,8 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"training field {name}: found {getattr(self, name)}, expected at least 1.")
-        if self.loss_average not in ("token", "square"):
-            raise UserError(f"training field loss_average: found {self.loss_average!r}, expected 'token' or 'square'.")
+        if self.loss_average not in ("token", "square", "sample"):
+            raise UserError(f"training field loss_average: found {self.loss_average!r}, expected 'token', 'square' or 'sample'.")
         if all(getattr(self.optimizer, part) == 0 for part in PARTS):
             raise UserError("training field optimizer: every part has learning rate 0, expected one that trains.")
 

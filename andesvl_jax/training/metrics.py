@@ -17,7 +17,7 @@ class MetricsWriter:
     """Appends one JSON object a call to metrics.jsonl and the same numbers to TensorBoard."""
 
     def __init__(self, out: Path):
-        self._lines = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._lines = open(out / "metrics.jsonl", "a", encoding="utf-8")
         self._board = SummaryWriter(str(out / "tensorboard"))
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -7,7 +7,9 @@ from andesvl_jax.model.andesvl import AndesVL
 from andesvl_jax.model.decoder import logits
 
 
-def cross_entropy(params: AndesVL, hidden: jax.Array, slots: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = 1024):
+def cross_entropy(
+    params: AndesVL, hidden: jax.Array, slots: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = 1024
+):
     """Weighted sum of next-token cross-entropy over supervised tokens, and the sum of their weights.
 
     Logits exist for supervised slots alone, `chunk` of them at a time, in the backward pass too: with V = 151,936 a chunk of

@@ -70,8 +70,8 @@ def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     metrics = {
-        "loss": loss, "gradient_norm": norm, "update_norm": optax.global_norm(updates), "targets": jnp.sum(batch.target_slots >= 0),
-        "tokens": jnp.sum(batch.segments >= 0), "skipped": new.skipped,
+        "loss": loss, "gradient_norm": norm, "update_norm": optax.global_norm(updates), "skipped": new.skipped,
+        "targets": jnp.sum(batch.target_slots >= 0), "tokens": jnp.sum(batch.segments >= 0),
     }  # fmt: skip
     return new, metrics
 
@@ -124,8 +124,8 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
                 bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{values['tokens_per_s']:.0f}")
                 if values["skipped"] >= MAX_SKIPPED:
                     raise UserError(
-                        f"step {step}: the loss or gradient was not finite in {MAX_SKIPPED} steps in a row; expected finite values: "
-                        f"lower optimizer rates and --resume from step {manager.latest_step()}."
+                        f"step {step}: the loss or gradient was not finite in {MAX_SKIPPED} steps in a row; expected finite "
+                        f"values: lower the optimizer's rates and --resume from step {manager.latest_step()}."
                     )
             bar.update()
             if step % config.checkpoint_every == 0 or step == config.steps:

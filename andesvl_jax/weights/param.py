@@ -40,8 +40,11 @@ def count(description) -> int:
 
 
 def initialize(description, key: jax.Array, dtype) -> Any:
-    """Initial values: matrices N(0, 1/fan_in), those that write into the residual stream a tenth of it, so that a token is not
-    drowned by fresh layers; tables N(0, 0.05^2), of positions N(0, 0.5^2) beside patches of norm one; norms one; biases zero. One key per leaf, by its place."""
+    """Initial values, one key per leaf by its place.
+
+    Matrices N(0, 1/fan_in), those that write into the residual stream a tenth of it, so that fresh layers do not drown a
+    token; tables N(0, 0.05^2), the table of positions N(0, 0.5^2) because patches beside it have norm one; norms 1; biases 0.
+    """
     params, tree = jax.tree.flatten(description, is_leaf=is_param)
     return jax.tree.unflatten(tree, [_initial(p, jax.random.fold_in(key, i), dtype) for i, p in enumerate(params)])
 
@@ -51,5 +54,7 @@ def _initial(param: Param, key: jax.Array, dtype) -> jax.Array:
         return jnp.zeros(param.shape, dtype)
     if param.init == "ones":
         return jnp.ones(param.shape, dtype)
-    scale = {"normal": param.shape[-2] ** -0.5, "residual": 0.1 * param.shape[-2] ** -0.5, "table": 0.05, "position": 0.5}[param.init]
+    scale = {"normal": param.shape[-2] ** -0.5, "residual": 0.1 * param.shape[-2] ** -0.5, "table": 0.05, "position": 0.5}[
+        param.init
+    ]
     return (scale * jax.random.normal(key, param.shape)).astype(dtype)

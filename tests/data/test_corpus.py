@@ -83,10 +83,20 @@ def test_common_words_of_the_questions_are_one_token(tokenizer):
         assert len(tokenizer.encode(f" {word}").ids) == 1
 
 
-@pytest.mark.parametrize("text", [
-    "Hello, world!\n\n  indented\tline ", "naïve café Ω≈ç√", "请给出坐标为(12,345)的控件名称。", "🙂👩‍👩‍👧🇫🇮", "\u0000\u200b\ufffd",
-    "<|im_start|>user\n<img><|image_pad|></img>What?<|im_end|>\n", "don't WE'LL 3.14", "עברית العربية हिन्दी", "\r\n\r\n",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, world!\n\n  indented\tline ",
+        "naïve café Ω≈ç√",
+        "请给出坐标为(12,345)的控件名称。",
+        "🙂👩‍👩‍👧🇫🇮",
+        "\u0000\u200b\ufffd",
+        "<|im_start|>user\n<img><|image_pad|></img>What?<|im_end|>\n",
+        "don't WE'LL 3.14",
+        "עברית العربية हिन्दी",
+        "\r\n\r\n",
+    ],
+)
 def test_any_text_survives_encode_and_decode(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
 

@@ -16,11 +16,33 @@ from andesvl_jax.errors import UserError
 
 SEED = 11
 COUNT = {"train": 1200, "validation": 600}
-TASK_NAMES = {"count", "colour", "position", "box", "word", "number", "handwritten", "chart",
-              "referring", "grounding", "screen_qa"}
+TASK_NAMES = {
+    "count",
+    "colour",
+    "position",
+    "box",
+    "word",
+    "number",
+    "handwritten",
+    "chart",
+    "referring",
+    "grounding",
+    "screen_qa",
+}
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
-LARGEST_MAJORITY = {"count": 0.25, "colour": 0.22, "position": 0.2, "box": 0.02, "word": 0.06, "number": 0.08,
-                    "handwritten": 0.18, "chart": 0.14, "referring": 0.11, "grounding": 0.02, "screen_qa": 0.02}
+LARGEST_MAJORITY = {
+    "count": 0.25,
+    "colour": 0.22,
+    "position": 0.2,
+    "box": 0.02,
+    "word": 0.06,
+    "number": 0.08,
+    "handwritten": 0.18,
+    "chart": 0.14,
+    "referring": 0.11,
+    "grounding": 0.02,
+    "screen_qa": 0.02,
+}
 
 
 @functools.cache
@@ -57,8 +79,16 @@ def test_contents_of_the_splits_are_disjoint(family):
 
 
 def test_text_of_two_characters_or_more_never_crosses_the_split():
-    answers = {split: {turn.answer for family in ("word", "number") for example in examples(family, split)
-                       for turn in example.turns if len(turn.answer) > 1} for split in SPLITS}
+    answers = {
+        split: {
+            turn.answer
+            for family in ("word", "number")
+            for example in examples(family, split)
+            for turn in example.turns
+            if len(turn.answer) > 1
+        }
+        for split in SPLITS
+    }
     assert answers["train"].isdisjoint(answers["validation"])
 
 
@@ -93,8 +123,10 @@ def test_pictures_are_small_rgb_and_one_pixel_short_of_whole_tokens_where_it_mat
 
 def test_every_task_has_five_wordings_and_uses_them_all():
     assert set(WORDINGS) == TASK_NAMES
-    patterns = {task: [re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(wording))) for wording in wordings]
-                for task, wordings in WORDINGS.items()}
+    patterns = {
+        task: [re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(wording))) for wording in wordings]
+        for task, wordings in WORDINGS.items()
+    }
     for split in SPLITS:
         asked = defaultdict(set)
         for turn in turns(split):
@@ -164,7 +196,7 @@ def test_widgets_are_painted_inside_their_boxes_and_apart():
             assert box[0] <= columns.min() and columns.max() < box[2], widget
             assert box[1] <= rows.min() and rows.max() < box[3], widget
         for index, (x1, y1, x2, y2) in enumerate(boxes):
-            assert all(x2 <= a1 or a2 <= x1 or y2 <= b1 or b2 <= y1 for a1, b1, a2, b2 in boxes[index + 1:])
+            assert all(x2 <= a1 or a2 <= x1 or y2 <= b1 or b2 <= y1 for a1, b1, a2, b2 in boxes[index + 1 :])
 
 
 def test_screen_answers_agree_with_each_other():
@@ -174,8 +206,11 @@ def test_screen_answers_agree_with_each_other():
             if turn.task == "referring":
                 label, box = turn.answer, box_of(turn.question)
             else:
-                names = [name for name in labels if name in turn.question] if turn.task == "grounding" else [
-                    name for name in labels if any(purpose in turn.question for purpose in tasks_screen.PURPOSES[name])]
+                names = (
+                    [name for name in labels if name in turn.question]
+                    if turn.task == "grounding"
+                    else [name for name in labels if any(purpose in turn.question for purpose in tasks_screen.PURPOSES[name])]
+                )
                 (label,), box = names, box_of(turn.answer)
             assert labels[label] in (None, box)
             labels[label] = box

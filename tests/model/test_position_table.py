@@ -31,9 +31,7 @@ def bicubic(table, n: int, rows: int, columns: int):
     square, out = table.reshape(n, n, -1), np.zeros((rows, columns, table.shape[-1]))
     for r in range(rows):
         for c in range(columns):
-            out[r, c] = sum(
-                wr * wc * square[sr, sc] for sr, wr in cubic_taps(r, rows, n) for sc, wc in cubic_taps(c, columns, n)
-            )
+            out[r, c] = sum(wr * wc * square[sr, sc] for sr, wr in cubic_taps(r, rows, n) for sc, wc in cubic_taps(c, columns, n))
     return out.reshape(rows * columns, -1)
 
 

@@ -8,7 +8,9 @@ from andesvl_jax.training.config import TrainConfig, load_config, with_changes
 
 
 def test_set_reaches_nested_fields_and_keeps_the_rest():
-    changed = with_changes(TrainConfig(), ["steps=7", "optimizer.decoder=1e-4", "model.dtype=bfloat16", "data.weights={'word': 1.0}"])
+    changed = with_changes(
+        TrainConfig(), ["steps=7", "optimizer.decoder=1e-4", "model.dtype=bfloat16", "data.weights={'word': 1.0}"]
+    )
     assert (changed.steps, changed.optimizer.decoder, changed.model.dtype) == (7, 1e-4, "bfloat16")
     assert changed.data.weights == {"word": 1.0} and changed.optimizer.vision == TrainConfig().optimizer.vision
 

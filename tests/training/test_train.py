@@ -79,7 +79,9 @@ def test_a_part_with_rate_zero_does_not_move_and_holds_no_moments(tiny_run):
 
 def test_parts_have_their_own_rates(tiny_run):
     """Adam's first update is rate x sign, so update sizes show the rates; weight decay is off, warm-up is one step."""
-    optimizer = dataclasses.replace(tiny_run.optimizer, vision=1e-3, projector=2e-3, decoder=4e-3, weight_decay=0.0, warmup_steps=0)
+    optimizer = dataclasses.replace(
+        tiny_run.optimizer, vision=1e-3, projector=2e-3, decoder=4e-3, weight_decay=0.0, warmup_steps=0
+    )
     params = init_state(tiny_run).params
     transform = make_optimizer(optimizer, train_lib.describe(tiny_run.model), 100)
     grads = jax.tree.map(jnp.ones_like, params)
