@@ -32,7 +32,7 @@ from andesvl_jax.weights import ALL_MATRICES, count, quantize_leaves
 
 STEPS = 320  # of every stage: equal, so that one compiled step serves all
 _BASE = TrainConfig(
-    budget=Budget(rows=6, tokens=224, patches=112, targets=96), min_tokens=1, loss_average="square",
+    budget=Budget(rows=6, tokens=224, patches=112, targets=96), min_tokens=1, max_size=140, loss_average="square",
     optimizer=Optimizer(vision=1.5e-3, projector=1.5e-3, decoder=1.5e-3), steps=STEPS, checkpoint_every=STEPS, keep=1,
 )  # fmt: skip
 _READING = {"word": 1.0, "number": 2.0, "handwritten": 3.0}
@@ -160,10 +160,10 @@ def shortfalls(results: dict[str, TaskResult]) -> list[str]:
 
 def compiled_programs(bundle: Bundle, images: int = IMAGES) -> tuple[int, int]:
     """Encodes pictures of random sizes one by one -> (programs compiled, buckets their patches fall into)."""
-    rng = np.random.default_rng(0)
+    rng, processor = np.random.default_rng(0), replace(bundle.image_processor, max_size=LARGEST)  # as large as they come
     before, buckets = visual_tokens._cache_size(), set()
     for width, height in rng.integers(1, LARGEST + 1, (images, 2)):
-        picture = prepare_image(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), bundle.image_processor)
+        picture = prepare_image(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), processor)
         ids = np.full(picture.visual_tokens, bundle.config.image_token_id)
         sample = make_sample(ids, np.zeros(len(ids), bool), [picture], bundle.config.image_token_id)
         batch = assemble_prompts([sample], bundle.config.vision.patch_features)

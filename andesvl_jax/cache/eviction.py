@@ -26,14 +26,14 @@ _EMPTY, _SCORED, _WINDOW, _SINK, _SHARE = range(-1, 4)  # what outranks what, wh
 class LayerView:
     """What a scorer sees of one layer. keys, values: [B, K, C, H]; positions: int32 [B, K, C], -1 = empty; weights: float32
     [B, K, G, W, C], attention of the last W queries, 0 where a row has fewer; query_positions: int32 [B, W], -1 = none;
-    output: float32 [K, G, H, H], Gram matrix W_o W_o^T of each query head's rows of the output projection."""
+    output: float32 [K, G, H, H], Gram matrix W_o W_o^T of each query head's rows of the output projection, where needed."""
 
     keys: jax.Array
     values: jax.Array
     positions: jax.Array
     weights: jax.Array
     query_positions: jax.Array
-    output: jax.Array
+    output: jax.Array | None
 
 
 def streaming(view: LayerView) -> jax.Array:
@@ -87,6 +87,11 @@ class Eviction:
             raise UserError(f"kv_policy is {self.policy!r}, expected one of {', '.join(POLICIES)}.")
         if not (0 < self.budget <= 1 if isinstance(self.budget, float) else self.budget >= 1):
             raise UserError(f"kv_budget is {self.budget}, expected a fraction in (0, 1] or at least 1 slot.")
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether the policy weighs values by the output projection."""
+        return self.policy == "okv"
 
     @property
     def share(self) -> Fraction | None:

@@ -81,8 +81,8 @@ def save(bundle: Bundle, path: str | os.PathLike) -> None:
 def _swap(staging: Path, path: Path) -> None:
     """Directories cannot be replaced in one step, so the old one is set aside until the new one stands."""
     old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
+    if path.exists():  # else `old` may be all that an interrupted save left
+        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     try:
         staging.rename(path)

@@ -24,14 +24,15 @@ def compact(params: Decoder, config: AndesVLConfig, cache: Cache, queries, evict
     place = cache.length[:, None] - eviction.window + jnp.arange(eviction.window)
     place = jnp.where(place >= 0, place, -1)  # rows shorter than the window have fewer queries
 
+    def output_gram(p: DecoderLayer):
+        output = dense(p.o, jnp.float32).reshape(k, n // k, h, -1)
+        return jnp.einsum("kghd,kgid->kghi", output, output)
+
     def layer(carry, p: DecoderLayer, extra):
         keys, values, positions, queries = extra
         weights = jnp.swapaxes(attention_weights(queries, keys, Place(place), Place(positions), causal=True), 2, 3)
-        output = dense(p.o, jnp.float32).reshape(k, n // k, h, -1)
-        view = LayerView(
-            keys, values, positions, weights * (place >= 0)[:, None, None, :, None], place,
-            jnp.einsum("kghd,kgid->kghi", output, output),
-        )  # fmt: skip
+        seen = weights * (place >= 0)[:, None, None, :, None]
+        view = LayerView(keys, values, positions, seen, place, output_gram(p) if eviction.needs_output else None)
         return carry, evict_layer(view, cache.length, eviction)
 
     _, (keys, values, positions) = layer_loop(layer, None, params.layers, (cache.keys, cache.values, cache.positions, queries))
