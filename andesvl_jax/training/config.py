@@ -53,6 +53,10 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"training field {name}: found {getattr(self, name)}, expected at least 1.")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise UserError(
+                f"training field steps: found {self.steps}, expected more than warmup_steps = {self.optimizer.warmup_steps}."
+            )
         if self.loss_average not in ("token", "square", "sample"):
             raise UserError(f"training field loss_average: found {self.loss_average!r}, expected 'token', 'square' or 'sample'.")
         if all(getattr(self.optimizer, part) == 0 for part in PARTS):

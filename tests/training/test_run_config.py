@@ -9,9 +9,9 @@ from andesvl_jax.training.config import TrainConfig, load_config, with_changes
 
 def test_set_reaches_nested_fields_and_keeps_the_rest():
     changed = with_changes(
-        TrainConfig(), ["steps=7", "optimizer.decoder=1e-4", "model.dtype=bfloat16", "data.weights={'word': 1.0}"]
+        TrainConfig(), ["steps=70", "optimizer.decoder=1e-4", "model.dtype=bfloat16", "data.weights={'word': 1.0}"]
     )
-    assert (changed.steps, changed.optimizer.decoder, changed.model.dtype) == (7, 1e-4, "bfloat16")
+    assert (changed.steps, changed.optimizer.decoder, changed.model.dtype) == (70, 1e-4, "bfloat16")
     assert changed.data.weights == {"word": 1.0} and changed.optimizer.vision == TrainConfig().optimizer.vision
 
 
@@ -22,6 +22,7 @@ def test_set_reaches_nested_fields_and_keeps_the_rest():
         ("steps", "expected key=value"),
         ("steps=many", "expected a number"),
         ("steps=0", "at least 1"),
+        ("steps=20", "more than warmup_steps"),
         ("steps.more=1", "inside a plain value"),
         ("model.text.num_kv_heads=3", "divisor of num_heads"),
         ("data.weights={}", "the dataset is empty"),
