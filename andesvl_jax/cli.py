@@ -71,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
 
     info = verb("info", _info, "parameters and bytes of a checkpoint or of a configuration by name")
     info.add_argument("--model", required=True, help="checkpoint directory, or a name such as andesvl-4b")
+    info.add_argument(
+        "--size",
+        action="append",
+        default=[],
+        type=_size,
+        metavar="WxH",
+        help="canvas and visual tokens of a picture of this size",
+    )
+    info.add_argument("--image", action="append", default=[], metavar="FILE", help="the same for a picture file, by its header")
+    info.add_argument("--max-size", type=int, help="square root of the pixel budget of a picture (release: 733)")
 
     train = verb("train", _train, "train a model")
     train.add_argument("--config", required=True, help="Python file with get_config(), e.g. configs/nano_demo.py")
@@ -104,6 +114,13 @@ def _budget(text: str) -> float | int:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 0.25 nor a number of slots such as 512") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, separator, height = text.partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal() and len(text) < 20):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels such as 1280x720")
+    return int(width), int(height)
 
 
 def _load(path: str, **options: Any):
@@ -155,11 +172,19 @@ def _chat(args) -> dict[str, Any]:
 def _info(args) -> dict[str, Any]:
     from andesvl_jax.compression.accounting import describe_checkpoint
 
-    result = describe_checkpoint(args.model)
-    for part, number in result["parameters"].items():
-        print(f"{part:12s} {number:>15,d} parameters")
+    result = describe_checkpoint(args.model, args.size, args.image, args.max_size)
+    number = lambda value, width=0: format("-" if value is None else format(value, ","), f">{width}")  # noqa: E731
+    print(f"{'':12s} {'parameters':>15s} {'bytes on disk':>15s} {'bits per weight':>16s}")
+    for part, parameters in result["parameters"].items():
+        stored, bits = ((result[key] or {}).get(part) for key in ("bytes", "bpw"))
+        print(f"{'  ' * (part == 'embedding') + part:12s} {number(parameters, 15)} {number(stored, 15)} {number(bits, 16)}")
     for key in ("bytes_on_disk", "bpw_body", "bpw_all", "kv_bytes_per_token"):
-        print(f"{key:20s} {'not on disk' if result[key] is None else format(result[key], ',')}")
+        print(f"{key:26s} {'not on disk' if result[key] is None else number(result[key])}")
+    for key in ("bytes_in_memory", "kv_bytes_per_1000_tokens"):
+        print(f"{key:26s} {', '.join(f'{number(value)} as {name}' for name, value in result[key].items())}")
+    for picture in result["pictures"]:
+        canvas, tokens = "x".join(map(str, picture["canvas"])), picture["visual_tokens"]
+        print(f"{picture['picture']}: canvas {canvas}, {tokens:,} visual tokens, {number(picture['kv_bytes'])} bytes of KV cache")
     return result
 
 

@@ -113,7 +113,7 @@ def params_to_hf(params: AndesVL, config: AndesVLConfig) -> dict[str, np.ndarray
 
 def read_params(path: Path, config: AndesVLConfig) -> AndesVL:
     """The tensors of a directory as the parameter tree in config.param_dtype, checked by name and shape before any is read."""
-    files = _tensor_files(path)
+    files = tensor_files(path)
     handles: dict[str, Any] = {}
     found: dict[str, str] = {}
     for file in files:
@@ -134,7 +134,8 @@ def read_params(path: Path, config: AndesVLConfig) -> AndesVL:
     return jax.tree.unflatten(tree, [jnp.asarray(leaves[path_name(p)], config.param_dtype) for p, _ in flat])
 
 
-def _tensor_files(path: Path) -> list[Path]:
+def tensor_files(path: Path) -> list[Path]:
+    """The weight files of a directory, by its index where there is one. Raises UserError when there are none."""
     index = path / "model.safetensors.index.json"
     if not index.exists():
         single = path / "model.safetensors"

@@ -4,18 +4,28 @@
 over every parameter, so that embeddings, encoder and adapters cannot hide.
 """
 
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
+from safetensors import SafetensorError, safe_open
 
-from andesvl_jax.checkpoints.hf import read_json
+from andesvl_jax.checkpoints.hf import read_json, tensor_files
+from andesvl_jax.checkpoints.names import entries
 from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, from_hf
 from andesvl_jax.errors import UserError
+from andesvl_jax.inputs.image import ImageProcessor, image_size, plan_size
 from andesvl_jax.model.andesvl import AndesVL, describe
 from andesvl_jax.weights import DECODER_MATRICES, count, is_leaf, path_name
+
+# part -> prefix of its HF tensor names; the embedding is a part of the decoder
+PARTS = {
+    "vision": "vision_encoder.", "projector": "mlp.", "decoder": "language_model.",
+    "embedding": "language_model.model.embed_tokens.",
+}  # fmt: skip
 
 
 def tree_bytes(params) -> int:
@@ -27,10 +37,12 @@ def bits_per_weight(params: AndesVL, config: AndesVLConfig) -> tuple[float, floa
     """(body, all): bits per decoder-matrix weight and per parameter of the whole model, as held in memory."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     body = sum(tree_bytes(leaf) for path, leaf in flat if re.fullmatch(DECODER_MATRICES, path_name(path)))
-    text = config.text
+    return 8 * body / _body_weights(config.text), 8 * tree_bytes(params) / count(describe(config))
+
+
+def _body_weights(text: TextConfig) -> int:
     wide, narrow = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    weights = text.num_layers * text.hidden_size * (2 * wide + 2 * narrow + 3 * text.intermediate_size)
-    return 8 * body / weights, 8 * tree_bytes(params) / count(describe(config))
+    return text.num_layers * text.hidden_size * (2 * wide + 2 * narrow + 3 * text.intermediate_size)
 
 
 def kv_bytes_per_token(text: TextConfig, dtype: str) -> int:
@@ -38,30 +50,96 @@ def kv_bytes_per_token(text: TextConfig, dtype: str) -> int:
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * jnp.dtype(dtype).itemsize
 
 
-def describe_checkpoint(model: str) -> dict[str, Any]:
-    """What `andesvl info` prints, read from config.json and file sizes: no tensor is loaded.
+def describe_checkpoint(
+    model: str, sizes: Sequence[tuple[int, int]] = (), pictures: Sequence[str] = (), max_size: int | None = None
+) -> dict[str, Any]:
+    """What `andesvl info` prints, read from configurations and headers: no tensor is loaded and no picture decoded.
 
     Args:
-      model: a checkpoint directory or a configuration name.
+      model: a checkpoint directory or a configuration name. sizes: (width, height) of pictures that may not exist.
+      pictures: files of pictures. max_size: square root of the pixel budget of a picture, the directory's own if None.
+    Returns:
+      parameters: {vision, projector, decoder, embedding (a part of the decoder), total}
+      bytes_on_disk, bytes: of the weight files, and of their tensors per part; None without weight files
+      bytes_in_memory: {float32, bfloat16}, of the parameters once loaded
+      bpw: bits per parameter of each part; bpw_body: of the decoder's matrices; bpw_all: bytes on disk over all parameters
+      kv_bytes_per_token (in the stored type), kv_bytes_per_1000_tokens: {float32, bfloat16}
+      pictures: [{picture, size, canvas, visual_tokens, kv_bytes}], sizes as [width, height] in pixels
+    Raises:
+      UserError: an unknown name, a damaged file, or a picture that cannot be processed.
     """
     directory = Path(model)
+    raw_processor: dict[str, Any] = {}
+    tensors: dict[str, int] | None = None
     if directory.is_dir():
         raw = read_json(directory / "config.json")
-        dtype = raw.get("torch_dtype", "float32")
-        config = from_hf(raw, str(directory / "config.json"))
+        config, dtype = from_hf(raw, str(directory / "config.json")), raw.get("torch_dtype", "float32")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"{directory / 'config.json'}: torch_dtype is {dtype!r}, expected float32, bfloat16 or float16.")
+        if (directory / "preprocessor_config.json").exists():
+            raw_processor = read_json(directory / "preprocessor_config.json")
+        if any(directory.glob("*.safetensors*")):
+            tensors = tensor_bytes(directory)
     elif model in CONFIGS:
         config, dtype = CONFIGS[model], "bfloat16"
     else:
         raise UserError(f"{model}: neither a checkpoint directory nor a configuration, expected one of {', '.join(CONFIGS)}.")
-    parts = describe(config)
-    parameters = {part: count(getattr(parts, part)) for part in ("vision", "projector", "decoder")}
-    parameters["total"] = sum(parameters.values())
-    weights = list(directory.glob("*.safetensors")) if directory.is_dir() else []
-    on_disk = sum(file.stat().st_size for file in weights) if weights else None
+    parameters = _parameters(config)
+    on_disk = None if tensors is None else sum(file.stat().st_size for file in tensor_files(directory))
+    by_part = None if tensors is None else {part: _part_bytes(tensors, prefix) for part, prefix in PARTS.items()}
+    if by_part is not None:
+        by_part["total"] = sum(tensors.values())
+    source = str(directory / "preprocessor_config.json")
+    processor = ImageProcessor.from_hf(raw_processor, config.vision, max_size=max_size, source=source)
+    named = [(f"{width}x{height}", (width, height)) for width, height in sizes]
+    named += [(str(picture), image_size(picture)) for picture in pictures]
+    per_token = {name: kv_bytes_per_token(config.text, name) for name in ("float32", "bfloat16")}
     return {
         "parameters": parameters,
         "bytes_on_disk": on_disk,
-        "bpw_body": 8 * jnp.dtype(dtype).itemsize if on_disk else None,
-        "bpw_all": round(8 * on_disk / parameters["total"], 3) if on_disk else None,
+        "bytes": by_part,
+        "bytes_in_memory": {name: parameters["total"] * jnp.dtype(name).itemsize for name in per_token},
+        "bpw": None if by_part is None else {part: round(8 * n / parameters[part], 3) for part, n in by_part.items()},
+        "bpw_body": None if tensors is None else round(8 * _body_bytes(tensors, config) / _body_weights(config.text), 3),
+        "bpw_all": None if on_disk is None else round(8 * on_disk / parameters["total"], 3),
         "kv_bytes_per_token": kv_bytes_per_token(config.text, dtype),
+        "kv_bytes_per_1000_tokens": {name: 1000 * n for name, n in per_token.items()},
+        "pictures": [_picture(name, size, processor, kv_bytes_per_token(config.text, dtype)) for name, size in named],
     }
+
+
+def tensor_bytes(directory: Path) -> dict[str, int]:
+    """HF tensor name -> bytes of its data, from the headers of the directory's files."""
+    found: dict[str, int] = {}
+    for file in tensor_files(directory):
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                for name in handle.keys():
+                    tensor = handle.get_slice(name)
+                    bits = re.search(r"\d+", tensor.get_dtype())  # "BF16", "F8_E4M3", "I8"; BOOL takes a byte
+                    found[name] = math.prod(tensor.get_shape()) * (int(bits[0]) if bits else 8) // 8
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error}); expected a complete checkpoint.") from error
+    return found
+
+
+def _parameters(config: AndesVLConfig) -> dict[str, int]:
+    parts = describe(config)
+    counts = {part: count(getattr(parts, part)) for part in ("vision", "projector", "decoder")}
+    return counts | {"embedding": count(parts.decoder.embedding), "total": sum(counts.values())}
+
+
+def _part_bytes(tensors: dict[str, int], prefix: str) -> int:
+    return sum(size for name, size in tensors.items() if name.startswith(prefix))
+
+
+def _body_bytes(tensors: dict[str, int], config: AndesVLConfig) -> int:
+    body = [entry for entry in entries(config) if re.fullmatch(DECODER_MATRICES, entry.path)]
+    return sum(tensors.get(name, 0) for entry in body for name in entry.shapes())
+
+
+def _picture(name: str, size: tuple[int, int], processor: ImageProcessor, kv_bytes: int) -> dict[str, Any]:
+    canvas, tokens = plan_size(*size, processor).canvas, processor.visual_tokens(*size)
+    return {
+        "picture": name, "size": list(size), "canvas": list(canvas), "visual_tokens": tokens, "kv_bytes": tokens * kv_bytes,
+    }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, Literal, Mapping
 
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from andesvl_jax.config import AIMV2_MEAN, AIMV2_STD, VisionConfig
 from andesvl_jax.errors import UserError
@@ -229,7 +229,27 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array).convert("RGB")
 
 
+def image_size(path: str | PathLike) -> tuple[int, int]:
+    """(width, height) of a picture file as it stands upright, read from its header alone; nothing is decoded.
+
+    A PNG whose orientation stands behind its pixels counts as not rotated. Raises UserError as `open_image` does.
+    """
+    with _opened(Path(path)) as image:
+        try:  # Pillow would decode a PNG to look for an orientation behind the pixels
+            turned = image.format != "PNG" or "exif" in image.info
+            rotated = turned and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        except Exception as error:
+            raise UserError(f"{str(path)[:200]}: the image header is damaged ({error}).") from error
+        _check_size(*image.size, str(path)[:200])
+        return image.size[::-1] if rotated else image.size
+
+
 def _from_file(path: Path) -> Image.Image:
+    with _opened(path) as image:
+        return _to_rgb(image, f"{str(path)[:200]} ({image.format})", upright=True)
+
+
+def _opened(path: Path) -> Image.Image:
     name = str(path)[:200]
     try:
         is_file = path.is_file()
@@ -238,13 +258,11 @@ def _from_file(path: Path) -> Image.Image:
     if not is_file:
         raise UserError(f"{name}: no such image file.")
     try:
-        image = Image.open(path, formats=FORMATS)
+        return Image.open(path, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name}: the image is too large ({error}); expected at most {MAX_PIXELS:,} pixels.") from error
     except Exception as error:  # Pillow's header parsers raise many types on damaged files
         raise UserError(f"{name}: cannot be opened as an image; expected a file of type {', '.join(FORMATS)}.") from error
-    with image:
-        return _to_rgb(image, f"{name} ({image.format})", upright=True)
 
 
 def _to_rgb(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
