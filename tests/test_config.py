@@ -8,8 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import random_sample, tiny_batch, tiny_config, tiny_params
+from golden_sets import deviations, odd_set
+from tiny import max_relative, random_sample, tiny_batch, tiny_config, tiny_params
 
+import andesvl_jax as avl
 from andesvl_jax.checkpoints.hf import hf_shapes
 from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, VisionConfig, from_hf, to_hf
 from andesvl_jax.errors import UserError
@@ -52,18 +54,6 @@ FLIPPED_TEXT = {
     "vocab_size": 80, "hidden_size": 32, "intermediate_size": 40, "num_layers": 3, "num_heads": 2, "num_kv_heads": 4,
     "head_dim": 16, "rope_theta": 50.0, "norm_eps": 0.1, "qk_norm": False, "attention_bias": True, "tie_word_embeddings": False,
 }  # fmt: skip
-# fields that change neither shapes nor values of the network, by design, and where they are tested
-ELSEWHERE = {
-    "max_position_embeddings": "a limit that generation checks: tests/decoding/test_generate.py",
-    "image_token_id": "read on the host, where prompts are laid out: tests/decoding/test_generate.py",
-    "param_dtype": "the type weights are read and saved in: tests/checkpoints/test_hf_layout.py",
-    "attention": "another way to the same values: tests/model/test_packed_rows.py",
-    "attention_chunk": "another way to the same values: tests/model/test_packed_rows.py",
-    "remat": "what the backward pass recomputes, same values: tests/model/test_packed_rows.py",
-    "dtype": "the type of compute: tests/model/test_packed_rows.py",
-    "vision": "its fields are flipped one by one",
-    "text": "its fields are flipped one by one",
-}
 
 
 def shapes(config: AndesVLConfig):
@@ -77,7 +67,7 @@ def output(config: AndesVLConfig):
 
 
 @pytest.mark.parametrize(("part", "field"), [("vision", f) for f in FLIPPED_VISION] + [("text", f) for f in FLIPPED_TEXT])
-def test_every_field_changes_shapes_or_values_or_is_refused(part, field):
+def test_every_field_changes_shapes_or_values_as_in_the_reference_or_is_refused(part, field):
     value = {"vision": FLIPPED_VISION, "text": FLIPPED_TEXT}[part][field]
     assert getattr(getattr(BASE, part), field) != value
     try:
@@ -88,12 +78,49 @@ def test_every_field_changes_shapes_or_values_or_is_refused(part, field):
     if shapes(flipped) == shapes(BASE):
         # 1e-4: a hundred times float32 rounding
         assert np.abs(output(flipped) - output(BASE)).max() > 1e-4
+    golden = odd_set(flipped)
+    assert not deviations(avl.probe(golden.bundle, golden.input_ids, golden.images), golden.expected)
 
 
-def test_no_field_is_forgotten_by_the_test_above():
+def memory_of(config: AndesVLConfig) -> int:
+    """Bytes that one compiled train-like step needs beside its arguments and results."""
+    batch = tiny_batch(BASE, [[random_sample(BASE, np.random.default_rng(0), ((6, 8),))]], tokens=128, patches=64)
+    gradient = jax.grad(lambda params, batch: forward(params, config, batch).sum())
+    return jax.jit(gradient).lower(tiny_params(BASE), batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_the_fields_that_keep_values_change_the_program():
+    """`attention`, `attention_chunk` and `remat` are inert in values by design (tests/model/test_packed_rows.py): what they
+    change is how much memory the backward pass takes."""
+    plain, chunked = BASE.replace(attention_chunk=16), BASE.replace(attention="chunked", attention_chunk=16)
+    needed = [memory_of(c) for c in (plain, chunked, chunked.replace(attention_chunk=64), BASE.replace(remat="layer"))]
+    assert len(set(needed)) == 4 and needed[3] < needed[0], needed
+
+
+def test_the_types_change_values_and_weights():
+    half, exact = output(BASE.replace(dtype="bfloat16")), output(BASE)
+    assert 1e-4 < max_relative(half.astype(np.float32), exact) < 0.1 and half.dtype == "bfloat16"
+    assert {x.dtype.name for x in jax.tree.leaves(tiny_params(BASE.replace(param_dtype="bfloat16")))} == {"bfloat16"}
+
+
+def test_the_image_token_and_the_last_position_decide_what_a_prompt_may_be():
+    golden = odd_set(BASE)
+    other = dataclasses.replace(golden.bundle, config=BASE.replace(image_token_id=61))
+    with pytest.raises(UserError, match="0 image slots"):
+        avl.probe(other, golden.input_ids, golden.images)
+    limit = len(golden.input_ids) + 1
+    short = BASE.replace(text=dataclasses.replace(BASE.text, max_position_embeddings=limit))
+    bundle = dataclasses.replace(golden.bundle, config=short)
+    avl.generate(bundle, golden.input_ids, golden.images, max_new_tokens=1)
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        avl.generate(bundle, golden.input_ids, golden.images, max_new_tokens=2)
+
+
+def test_no_field_is_forgotten_by_the_tests_above():
     vision, text, top = ({f.name for f in dataclasses.fields(c)} for c in (VisionConfig, TextConfig, AndesVLConfig))
     assert vision == set(FLIPPED_VISION)
-    assert text | top == set(FLIPPED_TEXT) | set(ELSEWHERE)
+    assert text == set(FLIPPED_TEXT) | {"max_position_embeddings"}
+    assert top == {"vision", "text", "image_token_id", "dtype", "param_dtype", "attention", "attention_chunk", "remat"}
 
 
 @pytest.mark.parametrize(
