@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import andesvl_jax as avl
+from andesvl_jax import cli
 from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.cli import main
 from andesvl_jax.config import AndesVLConfig, TextConfig, VisionConfig
@@ -129,6 +131,45 @@ def test_info_of_a_directory_counts_its_bytes(model, capsys):
     assert main(["info", "--model", str(model), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["bytes_on_disk"] == (model / "model.safetensors").stat().st_size and 32 <= result["bpw_all"] < 40
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_evaluate_prints_the_stable_json_keys_and_refuses_an_unknown_benchmark(model, capsys):
+    assert main(["evaluate", "--model", str(model), "--per-task", "1", "--json"]) == 0
+    result = last_json(capsys)
+    assert set(result) == set("benchmark n score low high blind shuffled seconds tasks".split())
+    assert result["benchmark"] == "nano-val" and result["n"] == sum(task["n"] for task in result["tasks"].values()) > 5
+    assert 0 <= result["low"] <= result["score"] <= result["high"] <= 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--model", str(model), "--benchmark", "none"])
+    assert "nano-val" in capsys.readouterr().err
+    assert_refused(main(["evaluate", "--model", str(model / "none")]), capsys, "no such directory")
+
+
+def test_export_prints_files_and_checks_and_refuses_what_it_cannot_write(model, tmp_path, capsys):
+    arguments = ["export", "--model", str(model), "--out", str(tmp_path / "made"), "--format"]
+    assert main([*arguments, "stablehlo", "--json"]) == 0
+    result = last_json(capsys)
+    assert set(result) == {"files", "checks"} and result["checks"]
+    assert all(set(check) == {"max_abs_diff", "ok"} and check["ok"] for check in result["checks"].values())
+    assert all((tmp_path / "made" / name).stat().st_size == size for name, size in result["files"].items())
+    assert_refused(main([*arguments, "stablehlo", "--quantize", "int8"]), capsys, "litert with int8")
+
+
+def test_bench_prints_the_rows_of_its_script_and_needs_a_checkout(tmp_path, monkeypatch, capsys):
+    rows = [{"what": "decode", "value": 7.0, "unit": "tokens/s", "peer": None, "ratio": None}]
+    script = f"def run(config='andesvl-0.6b'):\n    return {{'name': 'decode ' + config, 'rows': {rows!r}}}\n"
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "decode.py").write_text(script)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "andesvl_jax" / "cli.py"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert main(["bench", "decode", "--config", "nano", "--json"]) == 0
+    text, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {"name": "decode nano", "rows": rows} and text == "what decode  value 7.0  unit tokens/s"
+    assert_refused(main(["bench", "train_step"]), capsys, "train_step.py")
 
 
 def assert_refused(code, capsys, mention):

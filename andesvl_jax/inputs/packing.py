@@ -161,7 +161,16 @@ def assemble(rows: Sequence[Sequence[Sample]], budget: Budget, patch_features: i
 
 
 def assemble_prompts(samples: Sequence[Sample], patch_features: int) -> Batch:
-    """One prompt per row, padded to buckets: the number of compiled programs is the number of bucket pairs."""
+    """One prompt per row, padded to buckets: the number of compiled programs is the number of bucket pairs.
+
+    Raises UserError for a sample with supervised tokens, whose targets a prompt has no room for.
+    """
+    for row, sample in enumerate(samples):
+        if sample.targets:
+            raise UserError(
+                f"prompt {row} has {sample.targets} supervised tokens, expected none: a prompt is only continued; lay training "
+                "samples out with `assemble`."
+            )
     patches = max(s.patches for s in samples)
     budget = Budget(len(samples), bucket(max(len(s.tokens) for s in samples)), bucket(patches) if patches else 0, 0)
     return assemble([[s] for s in samples], budget, patch_features)

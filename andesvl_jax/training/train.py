@@ -23,7 +23,7 @@ from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import Batch
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, describe, forward, unstack_layers
-from andesvl_jax.training.checkpoint import open_manager, restore_latest, save_checkpoint
+from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint
 from andesvl_jax.training.config import Optimizer, TrainConfig
 from andesvl_jax.training.metrics import MetricsWriter, write_run_record
 from andesvl_jax.training.objectives import cross_entropy
@@ -59,7 +59,7 @@ def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer
       the new state; metrics: loss, gradient_norm, update_norm, targets, tokens, skipped (steps in a row), float32 [] each.
     """
     (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, config, batch, optimizer)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, moments = make_optimizer(optimizer, describe(config), steps).update(grads, state.optimizer, state.params)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
@@ -70,7 +70,7 @@ def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     metrics = {
-        "loss": loss, "gradient_norm": norm, "update_norm": optax.global_norm(updates), "skipped": new.skipped,
+        "loss": loss, "gradient_norm": norm, "update_norm": optax.tree.norm(updates), "skipped": new.skipped,
         "targets": jnp.sum(batch.target_slots >= 0), "tokens": jnp.sum(batch.segments >= 0),
     }  # fmt: skip
     return new, metrics
@@ -130,8 +130,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
             bar.update()
             if step % config.checkpoint_every == 0 or step == config.steps:
                 save_checkpoint(manager, step, state, data)
-    manager.wait_until_finished()
-    manager.close()
+    finish_checkpoints(manager)
 
     bundle = Bundle(model, state.params, tokenizer, processor, {"do_sample": False, "eos_token_id": [tokenizer.im_end_id]})
     save(bundle, out / "model")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from andesvl_jax.weights.leaf import Leaf, dense, dot, is_leaf, leaf_kind, map_leaves, multiply
+from andesvl_jax.errors import UserError
+from andesvl_jax.weights.leaf import Leaf, dense, dot, is_leaf, leaf_kind, map_leaves, multiply, path_name
 
 DECODER_MATRICES = r"decoder\.layers\.(\d+\.)?(q|k|v|o|gate|up|down)"
 ALL_MATRICES = (
@@ -67,15 +68,37 @@ def stack_adapters(adapters, batch_ids: jax.Array):
 
     Args:
       adapters: trees with single LoRA leaves of equal rank over the same base; batch_ids int32 [B].
+    Raises:
+      UserError: no adapter, or trees that differ in more than the adapters' values: other weights, places or ranks.
     """
+    if not adapters:
+        raise UserError("there is no adapter to stack, expected at least one.")
+    trees = {jax.tree.structure(tree) for tree in adapters}
+    if len(trees) > 1:
+        raise UserError("the adapters sit on different weights or on bases of another kind, expected the same for all of them.")
 
-    def stack(*leaves):
-        first = leaves[0]
+    def stack(path, *leaves):
+        first, name = leaves[0], path_name(path)
         if not isinstance(first, LoRA):
+            _require_same(name, "weight", leaves)
             return first
+        if any(w.ids is not None for w in leaves):
+            raise UserError(f"weights {name}: found a stack of adapters, expected single ones.")
+        ranks = [w.a.shape[-1] for w in leaves]
+        if len(set(ranks)) > 1:
+            raise UserError(f"weights {name}: the adapters have ranks {', '.join(map(str, ranks))}, expected one rank for all.")
+        _require_same(name, "base", [w.base for w in leaves])
         axis = first.scale.ndim  # behind the layer axis, if there is one
         join = lambda name: jnp.stack([getattr(w, name) for w in leaves], axis)  # noqa: E731
         ids = jnp.broadcast_to(batch_ids, (*first.scale.shape, *batch_ids.shape))
         return LoRA(first.base, join("a"), join("b"), join("scale"), ids)
 
-    return jax.tree.map(stack, *adapters, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(stack, *adapters, is_leaf=is_leaf)
+
+
+def _require_same(name: str, what: str, values) -> None:
+    """Values are compared only where they are not one array already, as adapters over one loaded base share it."""
+    for other in values[1:]:
+        for x, y in zip(jax.tree.leaves(values[0]), jax.tree.leaves(other), strict=True):
+            if x is not y and (x.shape != y.shape or x.dtype != y.dtype or not bool(jnp.array_equal(x, y))):
+                raise UserError(f"weights {name}: the adapters have different {what}s, expected one {what} under all of them.")
