@@ -51,4 +51,4 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, zz = hits / n, z * z
     middle = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * (p * (1 - p) / n + zz / (4 * n * n)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))  # rounding may not push p out
