@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import random_sample, tiny_batch, tiny_config, tiny_params
 
-from andesvl_jax.checkpoints.hf import hf_shapes
+from andesvl_jax.checkpoints.names import hf_shapes
 from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, VisionConfig, from_hf, to_hf
 from andesvl_jax.errors import UserError
 from andesvl_jax.model.andesvl import describe, forward

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from andesvl_jax.checkpoints.hf import read_json
+from andesvl_jax.checkpoints.json_file import read_json
 from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, from_hf
 from andesvl_jax.errors import UserError
 from andesvl_jax.model.andesvl import AndesVL, describe

@@ -17,7 +17,8 @@ from tiny import tiny_config, tiny_params
 import andesvl_jax as avl
 from andesvl_jax.checkpoints import hf
 from andesvl_jax.checkpoints.bundle import Bundle
-from andesvl_jax.checkpoints.names import TIED_HEAD
+from andesvl_jax.checkpoints.json_file import MAX_JSON_BYTES
+from andesvl_jax.checkpoints.names import EMBEDDING, TIED_HEAD, hf_shapes
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.weights import add_lora, is_leaf, merge_lora, path_name
 
@@ -32,7 +33,6 @@ CONFIGS = {
     "llama with biases": tiny_config("siglip2", text={"attention_bias": True, "qk_norm": False}),
     "windows": tiny_config("aimv2", vision={"full_attention_layers": (0,), "window_size": 12}),
 }
-EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
 def bundle_of(config, seed: int = 0) -> Bundle:
@@ -58,7 +58,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(name, tmp_path):
     assert_equal_params(found.params, bundle.params)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert {k: v.shape for k, v in tensors.items()} == {
-        k: v for k, v in hf.hf_shapes(bundle.config).items() if k != TIED_HEAD or not bundle.config.text.tie_word_embeddings
+        k: v for k, v in hf_shapes(bundle.config).items() if k != TIED_HEAD or not bundle.config.text.tie_word_embeddings
     }
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -174,7 +174,7 @@ DAMAGES = {
     "half a config": (lambda m: (m / "config.json").write_text('{"model_type": '), "config.json"),
     "config that is a list": (lambda m: (m / "config.json").write_text("[1]"), "config.json"),
     "deeply nested config": (lambda m: (m / "config.json").write_text("[" * 200_000), "config.json"),
-    "huge config": (lambda m: (m / "config.json").write_text(" " * (hf.MAX_JSON_BYTES + 1)), "config.json"),
+    "huge config": (lambda m: (m / "config.json").write_text(" " * (MAX_JSON_BYTES + 1)), "config.json"),
     "garbage generation config": (lambda m: (m / "generation_config.json").write_text("{,}"), "generation_config.json"),
     "unknown key": (config_with(rope_boost=2), "rope_boost"),
     "unknown text key": (config_with(text_config__sparse=True), "sparse"),
@@ -213,13 +213,13 @@ def test_a_failed_save_leaves_the_previous_directory_as_it_was(where, model, mon
     before = {p.name: p.read_bytes() for p in model.iterdir()}
     if where == "weights":
 
-        def save_half(tensors, path, **_):
-            Path(path).write_bytes(b"x" * 100)
+        def write_half(directory, *_):
+            (directory / "model.safetensors").write_bytes(b"x" * 100)
             disk_full()
 
-        monkeypatch.setattr(hf, "save_file", save_half)
+        monkeypatch.setattr(hf, "write_tensors", write_half)
     elif where == "config":
-        monkeypatch.setattr(hf, "_write_json", disk_full)
+        monkeypatch.setattr(hf, "write_json", disk_full)
     else:
         rename = Path.rename
 
