@@ -1,7 +1,8 @@
 """A model of full size without its weights: writes a random checkpoint in bfloat16, loads it in a fresh process, answers.
 
 Run: `python benchmarks/full_size.py --config andesvl-1b --json`. The checkpoint goes to the directory for temporary files
-(TMPDIR) and is removed again: 1.4, 1.9, 4.1 and 8.7 GB for the four sizes. Times include no compilation unless they say so. Decoding is left out where its memory is not there.
+(TMPDIR) and is removed again: 1.4, 1.9, 4.1 and 8.7 GB for the four sizes. Times include no compilation unless they say so.
+Decoding is left out where its memory is not there.
 """
 
 import json
@@ -91,10 +92,8 @@ def write_random(directory: Path, config: AndesVLConfig) -> None:
 
     def tensors() -> Iterator[np.ndarray]:
         for name, (_, shape) in specs.items():
-            if len(shape) > 1:
-                yield (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
-            else:  # norms and biases
-                yield np.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype)
+            mean = 1.0 if len(shape) == 1 and not name.endswith("bias") else 0.0  # norms beside matrices, tables and biases
+            yield (mean + 0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
 
     write_tensors(directory, specs, tensors(), SHARD_BYTES)
     write_json(directory / "config.json", to_hf(config))
