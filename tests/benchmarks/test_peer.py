@@ -137,7 +137,7 @@ def test_a_disk_without_room_is_a_sentence(module, monkeypatch):
     full_size = module("full_size")
     monkeypatch.setattr(full_size.shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
     monkeypatch.setattr(full_size.timing, "share_of_cores", lambda: 1.0)
-    with pytest.raises(UserError, match=r"5\.0 GB free, expected 10\.0; set TMPDIR"):
+    with pytest.raises(UserError, match=r"5\.0 GB free, expected 9\.2; set TMPDIR"):
         full_size.run("andesvl-4b")
 
 
