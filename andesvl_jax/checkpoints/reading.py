@@ -69,17 +69,20 @@ def _list_tensors(path: Path, config: AndesVLConfig) -> dict[str, Stored]:
     for file in files:
         for name, tensor in list_file(file).items():
             if name in found:
-                problems.append(f"{name} is both in {found[name].file.name} and in {file.name}, expected once")
+                problems.append(f"{_printable(name)} is both in {found[name].file.name} and in {file.name}, expected once")
             elif index is not None and name in index and index[name] != file.name:
-                problems.append(f"{name} is in {file.name}, expected in {index[name]} by the index")
+                problems.append(f"{_printable(name)} is in {file.name}, expected in {_printable(index[name])} by the index")
             found.setdefault(name, tensor)
     expected = hf_shapes(config)
     missing = sorted(set(expected) - set(found) - ({TIED_HEAD} if config.text.tie_word_embeddings else set()))
     unknown = sorted(set(found) - set(expected))
+    absent = sorted(set(index or ()) - set(found) - set(missing))
     if missing:
         problems.append(f"{len(missing)} missing ({', '.join(missing)})")
     if unknown:
         problems.append(f"{len(unknown)} unknown ({', '.join(map(_printable, unknown))})")
+    if absent:
+        problems.append(f"{len(absent)} in the index and in no file ({', '.join(map(_printable, absent))})")
     for name in sorted(set(found) & set(expected)):
         if found[name].shape != expected[name]:
             problems.append(f"{name} has shape {list(found[name].shape)}, expected {list(expected[name])}")

@@ -58,6 +58,8 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_named(model):
     wrong = next(file for file in sorted(set(weight_map.values())) if file != right)
     change_json(index, weight_map=weight_map | {EMBEDDING: wrong})
     assert f"{EMBEDDING} is in {right}, expected in {wrong} by the index" in refused(model)
+    change_json(index, weight_map=weight_map | {"extra\n": wrong})
+    assert "1 in the index and in no file ('extra\\n')" in refused(model)
 
 
 def test_a_single_file_beside_an_index_is_ambiguous(model):
