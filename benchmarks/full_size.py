@@ -96,10 +96,15 @@ def write_random(directory: Path, config: AndesVLConfig) -> None:
     dtype = np.dtype(ml_dtypes.bfloat16) if config.param_dtype == "bfloat16" else np.dtype(np.float32)
     specs = {name: (dtype, shape) for name, shape in stored_shapes(config).items()}
 
+    drawn = 0.02 * rng.standard_normal(9_999_991, np.float32)  # a prime, so that no two rows of a matrix are alike
+    pools = {mean: (mean + drawn).astype(dtype) for mean in (0.0, 1.0)}
+
     def tensors() -> Iterator[np.ndarray]:
         for name, (_, shape) in specs.items():
             mean = 1.0 if len(shape) == 1 and not name.endswith("bias") else 0.0  # norms beside matrices, tables and biases
-            yield (mean + 0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
+            pool, size, start = pools[mean], math.prod(shape), int(rng.integers(len(drawn)))
+            times = -(-(start + size) // len(pool))
+            yield (pool if times == 1 else np.tile(pool, times))[start : start + size].reshape(shape)
 
     write_tensors(directory, specs, tensors(), SHARD_BYTES)
     write_json(directory / "config.json", to_hf(config))
