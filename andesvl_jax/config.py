@@ -309,8 +309,11 @@ def _text_from_hf(raw: Mapping[str, Any], qk_norm: bool) -> TextConfig:
     values = {name: raw[hf] for hf, name in _TEXT_KEYS.items() if hf in raw}
     rope = raw.get("rope_parameters") or {}  # the layout of transformers >= 5
     _refuse_changed(rope, {"rope_type": "default"}, f"{part}rope_parameters.")
-    if "rope_theta" not in raw and "rope_theta" in rope:
-        values["rope_theta"] = rope["rope_theta"]
+    if "rope_theta" in rope:
+        theta = raw.get("rope_theta", rope["rope_theta"])
+        if theta != rope["rope_theta"]:
+            raise UserError(f"{part}rope_theta is {theta} and in rope_parameters {rope['rope_theta']}, expected one value.")
+        values["rope_theta"] = theta
     return TextConfig(**values, qk_norm=qk_norm)
 
 

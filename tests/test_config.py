@@ -12,7 +12,7 @@ from golden_sets import deviations, odd_set
 from tiny import max_relative, random_sample, tiny_batch, tiny_config, tiny_params
 
 import andesvl_jax as avl
-from andesvl_jax.checkpoints.hf import hf_shapes
+from andesvl_jax.checkpoints.names import hf_shapes
 from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, VisionConfig, from_hf, to_hf
 from andesvl_jax.errors import UserError
 from andesvl_jax.model.andesvl import describe, forward

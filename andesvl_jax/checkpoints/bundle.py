@@ -4,6 +4,9 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import numpy as np
+
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import Tokenizer
@@ -24,7 +27,12 @@ class Bundle:
     @functools.cached_property
     def decoding_params(self) -> AndesVL:
         """The parameters in the layout that decodes fastest on this backend, made once."""
-        return for_decoding(self.params)
+        if jax.default_backend() != "cpu" or any(
+            isinstance(x, jax.Array) and len(x.devices()) > 1 for x in jax.tree.leaves(self.params)
+        ):
+            return for_decoding(self.params)
+        # through NumPy, so that a layer taken out of a stack is the same memory and not a second copy of the model
+        return jax.device_put(for_decoding(jax.tree.map(np.asarray, self.params)))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

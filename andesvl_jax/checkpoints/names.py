@@ -3,17 +3,21 @@
 Sources: state-dict names of the released checkpoints (tests/golden/keys). HF matrices are [out, in], ours [in, out].
 """
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import numpy as np
 
+from andesvl_jax.checkpoints.stored import transfer
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.model.andesvl import describe
 from andesvl_jax.weights import Param, is_param, path_name
 
 TIED_HEAD = "language_model.lm_head.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,11 @@ class Entry:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """HF name -> HF shape, for every layer."""
-        layered = "{i}" in self.names[0]
-        shape = self.param.shape[1:] if layered else self.param.shape
+        layers = range(self.param.shape[0]) if self._layered else (0,)
+        return {name.format(i=i): self._hf_shape() for i in layers for name in self.names}
+
+    def _hf_shape(self) -> tuple[int, ...]:
+        shape = self.param.shape[1:] if self._layered else self.param.shape
         if self.kind in ("matrix", "conv"):
             shape = shape[::-1]
         shape = (shape[0] // len(self.names), *shape[1:])
@@ -37,32 +44,53 @@ class Entry:
             shape = (shape[0], 3, side, side)
         if self.kind == "table":
             shape = (1, *shape)
-        layers = range(self.param.shape[0]) if layered else (0,)
-        return {name.format(i=i): shape for i in layers for name in self.names}
+        return shape
 
-    def from_hf(self, read) -> np.ndarray:
-        """read(name) -> array; joins, transposes and stacks to the leaf."""
-        if "{i}" not in self.names[0]:
-            return self._one(read, 0)
-        return np.stack([self._one(read, i) for i in range(self.param.shape[0])])
+    @property
+    def _layered(self) -> bool:
+        return "{i}" in self.names[0]
 
-    def _one(self, read, i: int) -> np.ndarray:
-        x = np.concatenate([read(name.format(i=i)) for name in self.names])
-        if self.kind in ("matrix", "conv"):
-            return x.reshape(x.shape[0], -1).T
-        return x[0] if self.kind == "table" else x
+    def fill(self, out: np.ndarray, bounds: Sequence[tuple[int, int]], read: Callable[[str], np.ndarray]) -> None:
+        """Writes leaf[start:stop, ...] into `out`, cast to its type, for the (start, stop) of each axis.
 
-    def to_hf(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
-        """The inverse of `from_hf`."""
-        shapes = self.shapes()
-        layers = leaf if "{i}" in self.names[0] else leaf[None]
-        out = {}
-        for i, x in enumerate(layers):
-            x = x.T if self.kind in ("matrix", "conv") else x
-            for name, part in zip(self.names, np.split(x, len(self.names)) if len(self.names) > 1 else [x], strict=True):
-                name = name.format(i=i)
-                out[name] = np.ascontiguousarray(part.reshape(shapes[name]))
-        return out
+        read(name) gives an HF tensor; it may be a view of a file, and is let go before the next one is asked for.
+        """
+        if not self._layered:
+            return self._fill_layer(out, bounds, read, 0)
+        for row, i in enumerate(range(*bounds[0])):
+            self._fill_layer(out[row], bounds[1:], read, i)
+
+    def _fill_layer(self, out: np.ndarray, bounds: Sequence[tuple[int, int]], read, i: int) -> None:
+        if self.kind in ("matrix", "conv"):  # as HF has it: [out, in]
+            out, bounds = out.T, bounds[::-1]
+        (start, stop), *inner = bounds
+        shape, first = self._flat_shape(), 0
+        for name in self.names:
+            low, high = max(start, first), min(stop, first + shape[0])
+            if low < high:
+                x = read(name.format(i=i)).reshape(shape)[low - first : high - first]
+                transfer(out[low - start : high - start], x[:, slice(*inner[0])] if inner else x)
+            first += shape[0]
+
+    def _flat_shape(self) -> tuple[int, ...]:
+        """One HF tensor as a vector or a matrix, its axis of fusion first."""
+        shape = self._hf_shape()
+        if self.kind == "table":
+            return shape[1:]
+        return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
+
+    def to_hf(self, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """The inverse of `fill`: names and tensors in the order of `shapes`, made one at a time."""
+        for i, layer in enumerate(leaf if self._layered else leaf[None]):
+            x, first = layer.T if self.kind in ("matrix", "conv") else layer, 0
+            for name in self.names:
+                part = np.empty(self._flat_shape(), leaf.dtype)
+                if x is layer:
+                    part[...] = x[first : first + len(part)]
+                else:
+                    transfer(part.T, layer[:, first : first + len(part)])
+                first += len(part)
+                yield name.format(i=i), part.reshape(self._hf_shape())
 
 
 def entries(config: AndesVLConfig) -> list[Entry]:
@@ -71,6 +99,14 @@ def entries(config: AndesVLConfig) -> list[Entry]:
     names |= _projector_names() | _decoder_names()
     flat, _ = jax.tree_util.tree_flatten_with_path(describe(config), is_leaf=is_param)
     return [Entry(path_name(path), *names[path_name(path)], param) for path, param in flat]
+
+
+def hf_shapes(config: AndesVLConfig) -> dict[str, tuple[int, ...]]:
+    """HF tensor name -> shape for a configuration, without allocating; a tied head is listed as releases may store it."""
+    shapes = {name: shape for entry in entries(config) for name, shape in entry.shapes().items()}
+    if config.text.tie_word_embeddings:
+        shapes[TIED_HEAD] = shapes[EMBEDDING]
+    return shapes
 
 
 def _aimv2_names() -> dict[str, tuple[tuple[str, ...], str]]:
@@ -125,7 +161,7 @@ def _decoder_names() -> dict[str, tuple[tuple[str, ...], str]]:
     root = "language_model.model."
     layer = root + "layers.{i}."
     names = {
-        "decoder.embedding": ((root + "embed_tokens.weight",), "plain"),
+        "decoder.embedding": ((EMBEDDING,), "plain"),
         "decoder.norm": ((root + "norm.weight",), "plain"),
         "decoder.head": ((TIED_HEAD,), "plain"),
         "decoder.layers.attention_norm": ((layer + "input_layernorm.weight",), "plain"),

@@ -4,17 +4,16 @@
 over every parameter, so that embeddings, encoder and adapters cannot hide.
 """
 
-import math
 import re
 from pathlib import Path
 from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError, safe_open
 
-from andesvl_jax.checkpoints.hf import read_json, tensor_files
+from andesvl_jax.checkpoints.json_file import read_json
 from andesvl_jax.checkpoints.names import entries
+from andesvl_jax.checkpoints.reading import stored_tensors
 from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, from_hf
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor, image_size, plan_size
@@ -71,6 +70,7 @@ def describe_checkpoint(
     directory = Path(model)
     raw_processor: dict[str, Any] = {}
     tensors: dict[str, int] | None = None
+    on_disk: int | None = None
     if directory.is_dir():
         raw = read_json(directory / "config.json")
         config, dtype = from_hf(raw, str(directory / "config.json")), raw.get("torch_dtype", "float32")
@@ -78,14 +78,15 @@ def describe_checkpoint(
             raise UserError(f"{directory / 'config.json'}: torch_dtype is {dtype!r}, expected float32, bfloat16 or float16.")
         if (directory / "preprocessor_config.json").exists():
             raw_processor = read_json(directory / "preprocessor_config.json")
-        if any(directory.glob("*.safetensors*")):
-            tensors = tensor_bytes(directory)
+        if any(directory.glob("*.safetensors*")) or any(directory.glob("pytorch_model*")):
+            stored, *_ = stored_tensors(directory)
+            tensors = {name: tensor.span for name, tensor in stored.items()}
+            on_disk = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
     elif model in CONFIGS:
         config, dtype = CONFIGS[model], "bfloat16"
     else:
         raise UserError(f"{model}: neither a checkpoint directory nor a configuration, expected one of {', '.join(CONFIGS)}.")
     parameters = _parameters(config)
-    on_disk = None if tensors is None else sum(file.stat().st_size for file in tensor_files(directory))
     by_part = None if tensors is None else {part: _part_bytes(tensors, prefix) for part, prefix in PARTS.items()}
     if by_part is not None:
         by_part["total"] = sum(tensors.values())
@@ -106,21 +107,6 @@ def describe_checkpoint(
         "kv_bytes_per_1000_tokens": {name: 1000 * n for name, n in per_token.items()},
         "pictures": [_picture(name, size, processor, kv_bytes_per_token(config.text, dtype)) for name, size in named],
     }
-
-
-def tensor_bytes(directory: Path) -> dict[str, int]:
-    """HF tensor name -> bytes of its data, from the headers of the directory's files."""
-    found: dict[str, int] = {}
-    for file in tensor_files(directory):
-        try:
-            with safe_open(file, framework="numpy") as handle:
-                for name in handle.keys():
-                    tensor = handle.get_slice(name)
-                    bits = re.search(r"\d+", tensor.get_dtype())  # "BF16", "F8_E4M3", "I8"; BOOL takes a byte
-                    found[name] = math.prod(tensor.get_shape()) * (int(bits[0]) if bits else 8) // 8
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error}); expected a complete checkpoint.") from error
-    return found
 
 
 def _parameters(config: AndesVLConfig) -> dict[str, int]:

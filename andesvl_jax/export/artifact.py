@@ -3,15 +3,13 @@
 import contextlib
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from andesvl_jax.checkpoints.bundle import Bundle
-from andesvl_jax.errors import UserError
+from andesvl_jax.checkpoints.staging import replacing
 from andesvl_jax.export import runner
 from andesvl_jax.export.functions import ExportShapes, Specs, Stage
 
@@ -19,45 +17,9 @@ MANIFEST = "manifest.json"
 RUNNER = "run.py"
 
 
-@contextlib.contextmanager
-def writing(directory: Path) -> Iterator[Path]:
-    """A staging directory that becomes `directory` when the block ends well: an export appears whole or not at all.
-
-    Raises UserError when `directory` holds something that is no export, or the disk refuses.
-    """
-    if directory.exists() and not _replaceable(directory):
-        raise UserError(
-            f"{directory}: exists and is no earlier export ({MANIFEST} or {RUNNER} is missing), expected a new directory."
-        )
-    directory, staging = directory.resolve(), None
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        yield staging
-        staging.chmod(0o755)
-        if directory.exists():
-            directory.rename(staging.with_name(staging.name + ".old"))  # directories cannot be replaced in one step
-        staging.rename(directory)
-    except OSError as error:
-        raise UserError(f"{directory}: the export could not be written ({error}).") from error
-    finally:
-        if staging is not None:
-            _tidy(staging, directory)
-
-
-def _tidy(staging: Path, directory: Path) -> None:
-    """Puts the earlier export back if the new one did not get its place, and removes what is left over."""
-    old = staging.with_name(staging.name + ".old")
-    if old.exists() and not directory.exists():
-        old.rename(directory)
-    for rest in (old, staging):
-        shutil.rmtree(rest, ignore_errors=True)
-
-
-def _replaceable(directory: Path) -> bool:
-    if not directory.is_dir():
-        return False
-    return all((directory / name).is_file() for name in (MANIFEST, RUNNER)) or not any(directory.iterdir())
+def writing(directory: Path) -> contextlib.AbstractContextManager[Path]:
+    """A staging directory that becomes `directory` when the block ends well (`replacing`); only an earlier export is replaced."""
+    return replacing(directory, "export", (MANIFEST, RUNNER))
 
 
 def write_manifest(staging: Path, bundle: Bundle, shapes: ExportShapes, stages: dict[str, dict[str, Any]], **fields: str) -> None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from andesvl_jax.checkpoints.bundle import Bundle
-from andesvl_jax.checkpoints.hf import read_json
+from andesvl_jax.checkpoints.json_file import read_json
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.errors import UserError
 from andesvl_jax.export import runner

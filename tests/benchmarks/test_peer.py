@@ -4,6 +4,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from tiny import max_relative, random_sample, tiny_batch, tiny_config, tiny_para
 from andesvl_jax.checkpoints.hf import params_to_hf
 from andesvl_jax.config import CONFIGS
 from andesvl_jax.errors import UserError
+from andesvl_jax.model.andesvl import describe
 from andesvl_jax.training.config import Optimizer
 from andesvl_jax.training.train import loss_fn
+from andesvl_jax.weights import count
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 INSTALLED = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
@@ -117,6 +120,25 @@ def test_bytes_per_token_counts_weights_and_cache(module):
         params = tiny_params(config)
         weights = sum(x.size for x in jax.tree.leaves(params.decoder)) - (0 if tied else 64 * 24)
         assert decode._bytes_per_token(params, config, 10) == 4 * (weights + 2 * 2 * 2 * 8 * 10)
+
+
+@pytest.mark.slow
+def test_a_random_checkpoint_is_written_loaded_and_questioned(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    rows = {row["what"]: row["value"] for row in module("full_size").run("nano", quick=True)["rows"]}
+    assert rows["parameters in memory"] * 2**30 == 2 * count(describe(CONFIGS["nano"]))
+    assert rows["visual tokens of the picture"] == 25 and rows["prefill of 89 tokens"] > 0 and rows["decode"] > 0
+    assert rows["peak memory before loading"] <= rows["peak memory of loading"] <= rows["peak memory of decoding"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_a_sentence(module, monkeypatch):
+    full_size = module("full_size")
+    monkeypatch.setattr(full_size.shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
+    monkeypatch.setattr(full_size.timing, "share_of_cores", lambda: 1.0)
+    with pytest.raises(UserError, match=r"5\.0 GB free, expected 9\.2; set TMPDIR"):
+        full_size.run("andesvl-4b")
 
 
 @needs_peer

@@ -11,41 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from tiny import tiny_config, tiny_params
+from directories import CONFIGS, assert_equal_params, bundle_of, change_json, refused, rewrite, split_into_shards
+from safetensors.numpy import load_file
+from tiny import tiny_config
 
 import andesvl_jax as avl
 from andesvl_jax.checkpoints import hf
-from andesvl_jax.checkpoints.bundle import Bundle
-from andesvl_jax.checkpoints.names import TIED_HEAD
-from andesvl_jax.inputs.image import ImageProcessor
-from andesvl_jax.weights import add_lora, is_leaf, merge_lora, path_name
-
-CONFIGS = {
-    "aimv2": tiny_config("aimv2"),
-    "siglip2": tiny_config("siglip2"),
-    "untied": tiny_config("aimv2", text={"tie_word_embeddings": False}),
-    "no table": tiny_config("aimv2", vision={"table_side": None}),
-    "siglip2 without table": tiny_config("siglip2", vision={"table_side": None, "use_rope": False}),
-    "vision biases": tiny_config("aimv2", vision={"qkv_bias": True, "use_bias": True, "table_interpolation": "one_dim"}),
-    "siglip2 without biases": tiny_config("siglip2", vision={"qkv_bias": False, "use_bias": False}),
-    "llama with biases": tiny_config("siglip2", text={"attention_bias": True, "qk_norm": False}),
-    "windows": tiny_config("aimv2", vision={"full_attention_layers": (0,), "window_size": 12}),
-}
-EMBEDDING = "language_model.model.embed_tokens.weight"
-
-
-def bundle_of(config, seed: int = 0) -> Bundle:
-    processor = ImageProcessor(patch_size=2, max_size=99)
-    return Bundle(config, tiny_params(config, seed), None, processor, {"eos_token_id": [63, 62], "top_k": 7})
-
-
-def assert_equal_params(found, expected):
-    paths = [[path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]] for tree in (found, expected)]
-    assert paths[0] == paths[1]
-    for path, a, b in zip(paths[0], jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), path)
+from andesvl_jax.checkpoints.json_file import MAX_JSON_BYTES
+from andesvl_jax.checkpoints.names import EMBEDDING, TIED_HEAD, hf_shapes
+from andesvl_jax.weights import add_lora, is_leaf, merge_lora
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -58,7 +32,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(name, tmp_path):
     assert_equal_params(found.params, bundle.params)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert {k: v.shape for k, v in tensors.items()} == {
-        k: v for k, v in hf.hf_shapes(bundle.config).items() if k != TIED_HEAD or not bundle.config.text.tie_word_embeddings
+        k: v for k, v in hf_shapes(bundle.config).items() if k != TIED_HEAD or not bundle.config.text.tie_word_embeddings
     }
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -73,41 +47,6 @@ def test_bfloat16_survives_a_round_trip(family, tmp_path):
     assert_equal_params(found.params, bundle.params)
     wide = avl.load(tmp_path / "model").params  # float32 is a superset
     assert_equal_params(wide, jax.tree.map(lambda x: x.astype(jnp.float32), bundle.params))
-
-
-@pytest.fixture
-def model(tmp_path) -> Path:
-    avl.save(bundle_of(CONFIGS["aimv2"]), tmp_path / "model")
-    return tmp_path / "model"
-
-
-def change_json(path: Path, **changes):
-    raw = json.loads(path.read_text())
-    for key, value in changes.items():
-        part = raw
-        *parents, last = key.split("__")
-        for parent in parents:
-            part = part[parent]
-        part[last] = value
-    path.write_text(json.dumps(raw))
-
-
-def refused(model: Path) -> str:
-    """The message of the refusal: one line that starts with the file or directory at fault."""
-    with pytest.raises(avl.UserError) as caught:
-        avl.load(model)
-    message = str(caught.value)
-    assert message.startswith(str(model)) and "\n" not in message and message.endswith(".")
-    return message
-
-
-def split_into_shards(model: Path, count: int = 3) -> None:
-    tensors = load_file(model / "model.safetensors")
-    (model / "model.safetensors").unlink()
-    files = {name: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(files.values()):
-        save_file({n: t for n, t in tensors.items() if files[n] == file}, model / file)
-    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
 def test_shards_are_read_by_their_index(model):
@@ -127,12 +66,6 @@ def test_an_index_that_points_outside_its_directory_is_refused(target, model):
     split_into_shards(model)
     change_json(model / "model.safetensors.index.json", weight_map={EMBEDDING: target})
     assert "model.safetensors.index.json: weight_map" in refused(model)
-
-
-def rewrite(model: Path, change) -> None:
-    tensors = load_file(model / "model.safetensors")
-    change(tensors)
-    save_file(tensors, model / "model.safetensors")
 
 
 def test_a_tied_head_may_be_stored_if_it_is_the_embedding(model):
@@ -174,7 +107,7 @@ DAMAGES = {
     "half a config": (lambda m: (m / "config.json").write_text('{"model_type": '), "config.json"),
     "config that is a list": (lambda m: (m / "config.json").write_text("[1]"), "config.json"),
     "deeply nested config": (lambda m: (m / "config.json").write_text("[" * 200_000), "config.json"),
-    "huge config": (lambda m: (m / "config.json").write_text(" " * (hf.MAX_JSON_BYTES + 1)), "config.json"),
+    "huge config": (lambda m: (m / "config.json").write_text(" " * (MAX_JSON_BYTES + 1)), "config.json"),
     "garbage generation config": (lambda m: (m / "generation_config.json").write_text("{,}"), "generation_config.json"),
     "unknown key": (config_with(rope_boost=2), "rope_boost"),
     "unknown text key": (config_with(text_config__sparse=True), "sparse"),
@@ -213,13 +146,13 @@ def test_a_failed_save_leaves_the_previous_directory_as_it_was(where, model, mon
     before = {p.name: p.read_bytes() for p in model.iterdir()}
     if where == "weights":
 
-        def save_half(tensors, path, **_):
-            Path(path).write_bytes(b"x" * 100)
+        def write_half(directory, *_):
+            (directory / "model.safetensors").write_bytes(b"x" * 100)
             disk_full()
 
-        monkeypatch.setattr(hf, "save_file", save_half)
+        monkeypatch.setattr(hf, "write_tensors", write_half)
     elif where == "config":
-        monkeypatch.setattr(hf, "_write_json", disk_full)
+        monkeypatch.setattr(hf, "write_json", disk_full)
     else:
         rename = Path.rename
 

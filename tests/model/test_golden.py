@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tiny import max_relative
 
 import andesvl_jax as avl
-from andesvl_jax.checkpoints.hf import hf_shapes
+from andesvl_jax.checkpoints.names import hf_shapes
 from andesvl_jax.config import CONFIGS
 from andesvl_jax.model.andesvl import describe
 from andesvl_jax.weights import count
