@@ -26,13 +26,15 @@ MAX_JSON_BYTES = 16 << 20  # a config is kilobytes; the index of a 4B checkpoint
 
 
 def load(
-    path: str | os.PathLike, dtype: str = "float32", max_size: int | None = None, image_token_id: int | None = None
-) -> Bundle:
+    path: str | os.PathLike, dtype: str = "float32", max_size: int | None = None, image_token_id: int | None = None,
+    image_preset: str | None = None,
+) -> Bundle:  # fmt: skip
     """Reads a checkpoint directory in the HF layout.
 
     Args:
       dtype: type of weights and compute, "float32" or "bfloat16". max_size: square root of the pixel budget of a picture,
         733 if None. image_token_id: for a directory without a tokenizer whose config.json does not give it.
+        image_preset: "release" or "evaluation", see `inputs.image.PRESETS`; None: as the directory says, else "release".
     Raises:
       UserError: a missing or unreadable file, an unknown key, a tensor that is missing, unknown or of the wrong shape.
     """
@@ -45,7 +47,8 @@ def load(
         image_token_id = config.image_token_id if tokenizer is None else tokenizer.image_token_id
     config = config.replace(image_token_id=image_token_id)
     raw = read_json(path / "preprocessor_config.json")
-    processor = ImageProcessor.from_hf(raw, config.vision, max_size=max_size, source=str(path / "preprocessor_config.json"))
+    source = str(path / "preprocessor_config.json")
+    processor = ImageProcessor.from_hf(raw, config.vision, max_size=max_size, source=source, preset=image_preset)
     generation = path / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else dict(RELEASED_GENERATION)
     return Bundle(config, read_params(path, config), tokenizer, processor, generation_config)
