@@ -227,19 +227,20 @@ def without_marks(messages: Sequence[Message]) -> list[Message]:
 def without_reasoning(messages: Sequence[Message]) -> list[Message]:
     """The messages without the reasoning of the answers before the last user turn, as Qwen3's chat template drops it.
 
-    The released model code, and with it `render_prompt`, keeps what it is given.
+    The released model code, and with it `render_prompt`, keeps what it is given. Raises UserError for a malformed message.
     """
-    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    turns = [_checked(message, number) for number, message in enumerate(messages, start=1)]
+    last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=-1)
     return [
-        {**message, "content": _after_reasoning(message["content"])} if message["role"] == "assistant" and i < last else message
-        for i, message in enumerate(messages)
+        {**message, "content": _after_reasoning(content)} if role == "assistant" and i < last else message
+        for i, (message, (role, content)) in enumerate(zip(messages, turns, strict=True))
     ]
 
 
 def _after_reasoning(content: str | list[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
     if isinstance(content, str):
         return content.rpartition("</think>")[2].lstrip("\n") if "</think>" in content else content
-    ends = [i for i, item in enumerate(content) if "</think>" in item.get("text", "")]
+    ends = [i for i, item in enumerate(content) if item["type"] == "text" and "</think>" in item["text"]]
     if not ends:
         return content
     first = content[ends[-1]]
