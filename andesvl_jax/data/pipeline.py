@@ -36,7 +36,7 @@ class Mixture:
     def __post_init__(self):
         unknown = sorted(set(self.weights) - set(TASKS) - set(self.files))
         if unknown:
-            raise UserError(f"data.weights names {unknown[0]!r}, expected sources among {', '.join((*TASKS, *self.files))}.")
+            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {', '.join((*TASKS, *self.files))}.")
         taken = sorted(set(self.files) & set(TASKS))
         if taken:
             raise UserError(f"data.files names {taken[0]!r}, which is a task family; expected another name.")

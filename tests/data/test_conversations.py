@@ -130,7 +130,7 @@ def test_a_file_in_a_mixture_is_trained_on_whole_and_in_order_of_the_seed(folder
     assert (next(iter(packed)).target_slots >= 0).any()
     mixed = examples(Mixture({"pets": 1.0, "word": 3.0}, files={"pets": path}))
     assert sum(isinstance(mixed[i], list) for i in range(40)) == 10
-    with pytest.raises(UserError, match="data.weights names 'dogs', expected sources among .*, pets"):
+    with pytest.raises(UserError, match="data.weights names 'dogs', expected families among .*, pets"):
         Mixture({"dogs": 1.0}, files={"pets": path})
     with pytest.raises(UserError, match="data.files names 'word', which is a task family"):
         Mixture({"word": 1.0}, files={"word": path})

@@ -130,6 +130,17 @@ def test_a_configured_value_out_of_range_is_named():
             avl.generate(broken, [1, 2], temperature=None)
 
 
+def test_stop_ids_of_the_checkpoint():
+    first = int(avl.generate(bundle(), [1, 2, 3], stop_ids=())[0])
+    for eos in (first, [5, first]):
+        stopped = dataclasses.replace(bundle(), generation_config={"eos_token_id": eos})
+        assert avl.generate(stopped, [1, 2, 3]).tolist() == [first]
+    for eos in ("x", [1.5], [True], -1, {}):
+        broken = dataclasses.replace(bundle(), generation_config={"eos_token_id": eos})
+        with pytest.raises(avl.UserError, match="generation_config.json: eos_token_id is"):
+            avl.generate(broken, [1, 2, 3])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
