@@ -59,15 +59,21 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="system message")
     chat.add_argument("--thinking", action="store_true", help="let the model reason inside <think>")
     chat.add_argument("--max-new-tokens", type=int, default=256)
-    chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    chat.add_argument("--top-k", type=int, default=0)
-    chat.add_argument("--top-p", type=float, default=1.0)
-    chat.add_argument("--repetition-penalty", type=float, default=1.0)
-    chat.add_argument("--presence-penalty", type=float, default=0.0)
-    chat.add_argument("--seed", type=int, default=0)
+    warmth = chat.add_mutually_exclusive_group()
+    warmth.add_argument("--temperature", type=float, help="0 is greedy (default)")
+    warmth.add_argument("--sample", action="store_true", help="sample as generation_config.json says; what is given here wins")
+    chat.add_argument("--top-k", type=int)
+    chat.add_argument("--top-p", type=float)
+    chat.add_argument("--repetition-penalty", type=float)
+    chat.add_argument("--presence-penalty", type=float)
+    chat.add_argument("--seed", type=int)
     chat.add_argument("--kv-policy", help="cache eviction after the prompt: okv, snapkv or streaming")
     chat.add_argument("--kv-budget", type=_budget, default=0.5, help="share (0.25) or number (512) of cache slots that stay")
     chat.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    chat.add_argument("--image-preset", help="how pictures are sized: release (default) or evaluation")
+    chat.add_argument(
+        "--max-size", type=int, help="square root of the pixel budget of a picture (release: 733, evaluation: 1792)"
+    )
 
     info = verb("info", _info, "parameters and bytes of a checkpoint or of a configuration by name")
     info.add_argument("--model", required=True, help="checkpoint directory, or a name such as andesvl-4b")
@@ -137,27 +143,36 @@ def _demo(args) -> dict[str, Any]:
 
 def _chat(args) -> dict[str, Any]:
     from andesvl_jax.decoding.api import chat_sample, stream
+    from andesvl_jax.inputs.chat import parse_thinking
     from andesvl_jax.inputs.tokenizer import DecodeStream
 
-    bundle = _load(args.model, dtype=args.dtype)
+    bundle = _load(args.model, dtype=args.dtype, max_size=args.max_size, image_preset=args.image_preset)
     question = args.question if "<image>" in args.question else "<image>" * len(args.image) + args.question
-    messages = ([{"role": "system", "content": args.system}] if args.system else []) + [{"role": "user", "content": question}]
+    system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
+    messages = system + [{"role": "user", "content": question}]
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "presence_penalty", "seed")
+    sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.sample:
+        sampling = {"temperature": None} | sampling
     sample = chat_sample(bundle, messages, args.image, args.thinking)
     text = DecodeStream(bundle.tokenizer)
+    opening = "<think>" if args.thinking else ""
     written, first, began = 0, None, time.perf_counter()
     for answer in stream(
-        bundle, [sample], args.max_new_tokens, args.temperature, chunk=1 if sys.stdout.isatty() else 16, top_k=args.top_k,
-        top_p=args.top_p, repetition_penalty=args.repetition_penalty, presence_penalty=args.presence_penalty, seed=args.seed,
-        kv_policy=args.kv_policy, kv_budget=args.kv_budget,
+        bundle, [sample], args.max_new_tokens, chunk=1 if sys.stdout.isatty() else 16, kv_policy=args.kv_policy,
+        kv_budget=args.kv_budget, **sampling,
     ):  # fmt: skip
         ids = answer.ids[0]
-        first = first or (time.perf_counter(), len(ids))
+        if first is None:
+            first = time.perf_counter(), len(ids)
+            print(opening, end="")
         print("".join(text.step(int(i)) for i in ids[written:]), end="", flush=True)
         written = len(ids)
     print(text.flush())
     now = time.perf_counter()
+    whole = opening + bundle.tokenizer.decode(ids)
     return {
-        "text": bundle.tokenizer.decode(ids),
+        "text": whole,
         "ids": ids.tolist(),
         "prompt_tokens": len(sample.tokens),
         "visual_tokens": sample.patches // 4,
@@ -166,7 +181,7 @@ def _chat(args) -> dict[str, Any]:
         "kv_bytes": answer.kv_bytes,
         "kv_slots": answer.kv_slots,
         "accepted_length": 1.0,  # tokens per forward pass: nothing is drafted yet
-    }
+    } | (dict(zip(("reasoning", "answer"), parse_thinking(whole), strict=True)) if args.thinking else {})
 
 
 def _info(args) -> dict[str, Any]:

@@ -80,6 +80,37 @@ def test_a_picture_that_cannot_be_used_is_named(model, tmp_path, capsys, damage)
     assert_refused(chat(model, "--image", path, "What?"), capsys, "cat.png")
 
 
+def test_thinking_is_taken_apart(model, picture, capsys):
+    assert chat(model, "--image", picture, "--thinking", "--json", "What is this?") == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert result["text"].startswith("<think>") and lines[0].startswith("<think>")
+    assert (result["reasoning"], result["answer"]) == (result["text"].removeprefix("<think>").strip(), "")  # cut off
+
+
+def test_the_evaluation_preset_sees_another_canvas(model, tmp_path, capsys):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    for options, tokens in (([], 9), (["evaluation"], 4), (["evaluation", "--max-size", 20], 1)):
+        options = ["--image-preset", *options] if options else []
+        assert chat(model, *options, "--image", tmp_path / "a.png", "--json", "What is this?") == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["visual_tokens"] == tokens
+    assert_refused(chat(model, "--image-preset", "best", "Hello"), capsys, "expected one of release, evaluation")
+
+
+def test_sampling_of_the_checkpoint(model, capsys):
+    """The released values are the default of a directory; greedy and another seed give something else."""
+    answers = []
+    for options in ([], ["--sample"], ["--temperature", 0.6, "--top-k", 20, "--top-p", 0.95], ["--sample", "--seed", 1]):
+        assert main(["chat", "--model", str(model), "--max-new-tokens", "16", "--json", *map(str, options), "Hello"]) == 0
+        answers.append(json.loads(capsys.readouterr().out.splitlines()[-1])["ids"])
+    assert answers[0] != answers[1] == answers[2] != answers[3]
+
+
+def test_a_mark_without_a_picture_is_text(model, capsys):
+    assert chat(model, "--json", "What does <image> mean?") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["visual_tokens"] == 0
+
+
 def test_a_one_pixel_picture_works(model, tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     assert chat(model, "--image", tmp_path / "dot.png", "What?") == 0

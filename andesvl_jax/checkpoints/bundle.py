@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from andesvl_jax.config import AndesVLConfig
+from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, for_decoding
@@ -36,8 +37,14 @@ class Bundle:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """`eos_token_id` of the generation config; the tokenizer's end of turn where it names none."""
+        """`eos_token_id` of the generation config; the tokenizer's end of turn where it names none.
+
+        Raises UserError where it is neither a token id nor a list of them.
+        """
         eos = self.generation_config.get("eos_token_id")
         if eos is None:
             return () if self.tokenizer is None else (self.tokenizer.im_end_id,)
-        return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+        ids = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise UserError(f"generation_config.json: eos_token_id is {eos!r}, expected a token id or a list of them.")
+        return ids

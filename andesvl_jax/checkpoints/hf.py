@@ -27,6 +27,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 def load(
     path: str | os.PathLike, dtype: str = "float32", max_size: int | None = None, image_token_id: int | None = None,
     revision: str | None = None, sharding: Callable[[Param], jax.sharding.Sharding] | None = None,
+    image_preset: str | None = None,
 ) -> Bundle:  # fmt: skip
     """Reads a checkpoint in the HF layout: safetensors or PyTorch files, single or in shards with their index.
 
@@ -36,6 +37,7 @@ def load(
       max_size: square root of the pixel budget of a picture, 733 if None. image_token_id: for a directory without a tokenizer
         whose config.json does not give it.
       sharding: places each array of the network, by its shape and axis names; every device reads its own part from disk.
+      image_preset: "release" or "evaluation", see `inputs.image.PRESETS`; None: as the directory says, else "release".
     Raises:
       UserError: a missing or unreadable file, an unknown key, or tensors that are missing, unknown, there twice, or of wrong
         shape or type, all of them in one error.
@@ -47,7 +49,8 @@ def load(
         image_token_id = config.image_token_id if tokenizer is None else tokenizer.image_token_id
     config = config.replace(image_token_id=image_token_id)
     raw = read_json(path / "preprocessor_config.json")
-    processor = ImageProcessor.from_hf(raw, config.vision, max_size=max_size, source=str(path / "preprocessor_config.json"))
+    source = str(path / "preprocessor_config.json")
+    processor = ImageProcessor.from_hf(raw, config.vision, max_size=max_size, source=source, preset=image_preset)
     generation = path / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else dict(RELEASED_GENERATION)
     return Bundle(config, read_params(path, config, sharding), tokenizer, processor, generation_config)

@@ -1,4 +1,7 @@
-"""Grain pipeline: a weighted mixture of task families -> samples -> packed batches, with a state small enough to checkpoint."""
+"""Grain pipeline: a weighted mixture of sources -> samples -> packed batches, with a state small enough to checkpoint.
+
+A source gives examples of a task family or the messages of a conversation file.
+"""
 
 from dataclasses import dataclass, field
 from typing import Mapping
@@ -7,10 +10,11 @@ import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
+from andesvl_jax.data.conversations import Conversations
 from andesvl_jax.data.examples import MANY, Example
 from andesvl_jax.data.registry import TASKS, render
 from andesvl_jax.errors import UserError
-from andesvl_jax.inputs.chat import render_training
+from andesvl_jax.inputs.chat import Message, images_of, render_training
 from andesvl_jax.inputs.image import ImageProcessor, prepare_image
 from andesvl_jax.inputs.packing import Batch, Budget, Sample, assemble, make_sample
 from andesvl_jax.inputs.tokenizer import Tokenizer
@@ -20,20 +24,25 @@ LOOK_AHEAD = 8  # samples that may wait for a later batch when they fit no row o
 
 @dataclass(frozen=True)
 class Mixture:
-    """Share of each task family; families with weight 0 are left out."""
+    """Share of each task family or conversation file; those with weight 0 are left out."""
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
     ramp: int = 0  # examples of a family over which its pictures fill up from one thing to many
     split: str = "train"
     seed: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)  # name of a source -> conversation file, see `data.conversations`
+    image_root: str | None = None  # folder of the files' pictures; None: each file's own
 
     def __post_init__(self):
-        unknown = sorted(set(self.weights) - set(TASKS))
+        unknown = sorted(set(self.weights) - set(TASKS) - set(self.files))
         if unknown:
-            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {', '.join(TASKS)}.")
+            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {', '.join((*TASKS, *self.files))}.")
+        taken = sorted(set(self.files) & set(TASKS))
+        if taken:
+            raise UserError(f"data.files names {taken[0]!r}, which is a task family; expected another name.")
         if not any(weight > 0 for weight in self.weights.values()):
             raise UserError(
-                f"data.weights is {dict(self.weights)}: the dataset is empty, expected a positive weight for some family."
+                f"data.weights is {dict(self.weights)}: the dataset is empty, expected a positive weight for some source."
             )
 
 
@@ -45,24 +54,34 @@ def crowd_at(index: int, ramp: int) -> int:
 
 
 def examples(mixture: Mixture) -> grain.MapDataset:
-    """An endless random-access dataset: element i is a pure function of (mixture, i)."""
-    weights = {family: weight for family, weight in mixture.weights.items() if weight > 0}
+    """An endless random-access dataset of examples and conversations: element i is a pure function of (mixture, i)."""
+    weights = {source: weight for source, weight in mixture.weights.items() if weight > 0}
 
-    def of(family: str) -> grain.MapDataset:
+    def of(source: str) -> grain.MapDataset:
+        if source in mixture.files:
+            records = grain.MapDataset.source(Conversations(mixture.files[source], mixture.image_root))
+            return records.shuffle(seed=mixture.seed).repeat()
         return grain.MapDataset.range(1 << 40).map(
-            lambda i: render(family, mixture.seed, int(i), mixture.split, crowd_at(int(i), mixture.ramp))
+            lambda i: render(source, mixture.seed, int(i), mixture.split, crowd_at(int(i), mixture.ramp))
         )
 
-    return grain.MapDataset.mix([of(family) for family in weights], list(weights.values()))
+    return grain.MapDataset.mix([of(source) for source in weights], list(weights.values()))
 
 
-def to_sample(example: Example, tokenizer: Tokenizer, processor: ImageProcessor, average="token") -> Sample:
-    """One example as a conversation: its pictures stand before the first question."""
-    prepared = [prepare_image(image, processor) for image in example.images]
+def messages_of(example: Example) -> list[Message]:
+    """An example as a conversation: its pictures stand before the first question."""
     messages = []
     for i, turn in enumerate(example.turns):
-        question = [{"type": "image"}] * (len(prepared) if i == 0 else 0) + [{"type": "text", "text": turn.question}]
+        pictures = [{"type": "image", "image": image} for image in example.images] if i == 0 else []
+        question = [*pictures, {"type": "text", "text": turn.question}]
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
+    return messages
+
+
+def to_sample(example: Example | list[Message], tokenizer: Tokenizer, processor: ImageProcessor, average="token") -> Sample:
+    """One conversation with its pictures prepared and its answers supervised."""
+    messages = messages_of(example) if isinstance(example, Example) else example
+    prepared = [prepare_image(image, processor) for image in images_of(messages)]
     ids, supervised = render_training(messages, tokenizer, [p.visual_tokens for p in prepared])
     return make_sample(ids, supervised, prepared, tokenizer.image_token_id, average)
 

@@ -1,7 +1,7 @@
 """`chat` and `generate`: from messages or token ids and pictures to an answer."""
 
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -11,18 +11,18 @@ from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.decoding.generate import new_tokens_of, run
 from andesvl_jax.decoding.sampling import sampling_options
 from andesvl_jax.errors import UserError
-from andesvl_jax.inputs.chat import images_of, render_prompt
+from andesvl_jax.inputs.chat import Message, images_of, render_prompt, without_marks
 from andesvl_jax.inputs.image import ImageSource, Patches, prepare_image
 from andesvl_jax.inputs.packing import Sample, assemble_prompts, make_sample
 
-# name -> what every row's value must be, in code and in words
+# name -> kinds of number, what every row's value must be, in code and in words
 SAMPLING_OPTIONS = {
-    "temperature": (lambda x: (0 <= x) & np.isfinite(x), "0 (greedy) or more"),
-    "top_k": (lambda x: (0 <= x) & (x < 2**31), "0 (all) or more"),
-    "top_p": (lambda x: (0 < x) & (x <= 1), "above 0 and at most 1"),
-    "repetition_penalty": (lambda x: (0 < x) & np.isfinite(x), "above 0"),
-    "presence_penalty": (np.isfinite, "a finite number"),
-    "seed": (lambda x: (-(2**31) <= x) & (x < 2**31), "a 32-bit integer"),
+    "temperature": ("iuf", lambda x: (0 <= x) & np.isfinite(x), "0 (greedy) or more"),
+    "top_k": ("iu", lambda x: (0 <= x) & (x < 2**31), "0 (all) or more"),
+    "top_p": ("iuf", lambda x: (0 < x) & (x <= 1), "above 0 and at most 1"),
+    "repetition_penalty": ("iuf", lambda x: (0 < x) & np.isfinite(x), "above 0"),
+    "presence_penalty": ("iuf", np.isfinite, "a finite number"),
+    "seed": ("iu", lambda x: (-(2**31) <= x) & (x < 2**31), "a 32-bit integer"),
 }  # fmt: skip
 
 
@@ -52,16 +52,23 @@ def prompt_sample(bundle: Bundle, ids: Sequence[int], images: Sequence[ImageSour
 
 
 def stream(
-    bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int, temperature=0.0, stop_ids: tuple[int, ...] | None = None,
+    bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int, temperature=0.0, stop_ids: Sequence[int] | None = None,
     kv_policy: str | None = None, kv_budget: float | int = 0.5, chunk: int | None = None, **options: Any,
 ) -> Iterator[Answer]:  # fmt: skip
     """Generates for a batch of prompts; yields what stands after every `chunk` tokens. Options as in `generate`.
+
+    A sampling option is one number for all rows or one per row; a single seed s gives row b the seed s + b. What a row
+    generates depends on nothing but the row: neither padding nor the other rows change it.
 
     Raises:
       UserError: an option that is unknown or out of range, or a prompt beyond the model's positions.
     """
     config = bundle.config
-    _check_options({"temperature": temperature, **options})
+    if temperature is None:
+        options = _configured_sampling(bundle) | options
+    else:
+        options["temperature"] = temperature
+    _check_options(options, len(samples))
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
     longest = max(len(s.tokens) for s in samples)
@@ -72,58 +79,109 @@ def stream(
         )
     eviction = None if kv_policy is None else Eviction(kv_policy, kv_budget)
     batch = assemble_prompts(samples, config.vision.patch_features)
-    sampling = sampling_options(len(samples), temperature, **options)
+    sampling = sampling_options(len(samples), **options)
     stops = bundle.stop_ids if stop_ids is None else tuple(stop_ids)
     for state in run(bundle.decoding_params, config, batch, sampling, max_new_tokens, stops, eviction, chunk):
         yield Answer(new_tokens_of(state), cache_bytes(state.cache), state.cache.slots)
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _configured_sampling(bundle: Bundle) -> dict[str, Any]:
+    """What generation_config.json asks for; absent fields as `transformers` fills them, null ones as neutral."""
+    absent = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+    neutral = absent | {"top_k": 0}
+    found = {name: bundle.generation_config.get(name, value) for name, value in absent.items()}
+    found = {name: neutral[name] if value is None else value for name, value in found.items()}
+    if not bundle.generation_config.get("do_sample", False):
+        found = {"temperature": 0.0, "repetition_penalty": found["repetition_penalty"]}
+    try:
+        _check_options(found, 1)
+    except UserError as error:
+        raise UserError(f"generation_config.json: {error}") from error
+    return found
+
+
+def _check_options(options: dict[str, Any], rows: int) -> None:
     for name, value in options.items():
         if name not in SAMPLING_OPTIONS:
             raise UserError(f"decoding option {name!r} is unknown, expected one of {', '.join(SAMPLING_OPTIONS)}.")
-        holds, expected = SAMPLING_OPTIONS[name]
-        if not np.all(holds(np.asarray(value))):
-            raise UserError(f"{name} is {value}, expected {expected}.")
+        kinds, holds, expected = SAMPLING_OPTIONS[name]
+        try:
+            values = np.asarray(value)
+        except ValueError:  # ragged
+            values = np.asarray(None)
+        if values.dtype.kind not in kinds or not np.all(holds(values)):
+            raise UserError(f"{name} is {value!r}, expected {expected}.")
+        if values.shape not in ((), (rows,)):
+            raise UserError(f"{name} has shape {list(values.shape)}, expected one number or one for each of the {rows} rows.")
 
 
 def generate(
     bundle: Bundle, input_ids: Sequence[int], images: Sequence[ImageSource] = (), max_new_tokens: int = 16,
-    temperature: float = 0.0, stop_ids: Sequence[int] | None = None, **decoding_options: Any,
+    temperature: float | None = 0.0, stop_ids: Sequence[int] | None = None, **decoding_options: Any,
 ) -> np.ndarray:  # fmt: skip
     """New tokens for one prompt, int32 [n].
 
     Args:
       input_ids: prompt; the positions equal to `config.image_token_id` are filled with the pictures' visual tokens in order.
-      temperature: 0 is greedy. stop_ids: None takes the generation config's, () never stops; the stop id is returned.
+      temperature: 0 is greedy; None takes temperature, top_k, top_p and repetition_penalty from the checkpoint's
+        generation_config.json, where decoding_options do not give them.
+      stop_ids: None takes the generation config's, () never stops; the stop id is returned.
       decoding_options: kv_policy, kv_budget, seed, top_k, top_p, repetition_penalty, presence_penalty.
     """
     sample = prompt_sample(bundle, input_ids, images)
-    stops = None if stop_ids is None else tuple(stop_ids)
-    *_, answer = stream(bundle, [sample], max_new_tokens, temperature, stops, **decoding_options)
+    *_, answer = stream(bundle, [sample], max_new_tokens, temperature, stop_ids, **decoding_options)
     return answer.ids[0]
 
 
-def chat_sample(bundle: Bundle, messages: Sequence[dict[str, Any]], images: Sequence[ImageSource] = (), thinking=False) -> Sample:
-    """Messages -> the prompt of `spec` form with its pictures prepared; `images` fill `<image>` marks of string contents."""
+def chat_sample(bundle: Bundle, messages: Sequence[Message], images: Sequence[ImageSource] = (), thinking=False) -> Sample:
+    """Messages -> the prompt in the released format, with its pictures prepared.
+
+    `images` fill the `<image>` marks of string contents; without any, an `<image>` in a string is text like any other.
+    """
     if bundle.tokenizer is None:
         raise UserError("the checkpoint has no tokenizer, expected tokenizer.json or merges.txt; use generate with ids.")
+    if len(messages) == 0:
+        raise UserError("messages: found none, expected at least one.")
+    if len(images) == 0 and not isinstance(messages, (str, Mapping)):
+        messages = without_marks(messages)
     prepared = [prepare_image(image, bundle.image_processor) for image in images_of(messages, images)]
     ids = render_prompt(messages, bundle.tokenizer, [p.visual_tokens for p in prepared], thinking)
     return prompt_sample(bundle, ids, prepared)
 
 
 def chat(
-    bundle: Bundle, messages: Sequence[dict[str, Any]], max_new_tokens: int = 256, temperature: float = 0.0,
-    thinking: bool = False, images: Sequence[ImageSource] = (), **decoding_options: Any,
-) -> str:  # fmt: skip
-    """The assistant's next turn as text.
+    bundle: Bundle, messages: Sequence[Message] | Sequence[Sequence[Message]], max_new_tokens: int = 256,
+    temperature: float | None = 0.0, thinking: bool = False, images: Sequence = (), **decoding_options: Any,
+) -> str | list[str]:  # fmt: skip
+    """The assistant's next turn as text, or a list of them for a list of conversations, generated as one batch.
 
     Args:
-      messages: [{"role", "content"}]; content is a string, or a list of {"type": "text", "text"} and
-        {"type": "image", "image": array, PIL image or path}. In a string `<image>` marks the place of one of `images`.
-      thinking: starts the answer with `<think>` and returns it in front.
+      messages: [{"role", "content"}], or a list of such lists; content is a string, or a list of {"type": "text", "text"} and
+        {"type": "image", "image": array, PIL image or path}. Text cannot add a picture, a turn or another control token.
+      temperature: as in `generate`; None samples as the checkpoint's generation_config.json says.
+      thinking: starts the answer with `<think>` and returns it in front; `inputs.chat.parse_thinking` takes it apart.
+      images: pictures for the `<image>` marks of string contents, in order (for several conversations one list each); without
+        any, an `<image>` in a string is text like any other.
+      decoding_options: as in `generate`; sampling options may be one number per conversation.
+    Raises:
+      UserError: a malformed message, an unusable picture, or as `generate` does; in a batch it names the conversation.
     """
-    sample = chat_sample(bundle, messages, images, thinking)
-    *_, answer = stream(bundle, [sample], max_new_tokens, temperature, **decoding_options)
-    return ("<think>" if thinking else "") + bundle.tokenizer.decode(answer.ids[0])
+    batched = len(messages) > 0 and isinstance(messages, (list, tuple)) and isinstance(messages[0], (list, tuple))
+    if not batched:
+        samples = [chat_sample(bundle, messages, images, thinking)]
+    else:
+        if len(images) not in (0, len(messages)):
+            raise UserError(
+                f"images has {len(images)} entries, expected one list of pictures for each of the {len(messages)} conversations."
+            )
+        samples = []
+        for number, (conversation, pictures) in enumerate(
+            zip(messages, images if len(images) else [()] * len(messages)), start=1
+        ):
+            try:
+                samples.append(chat_sample(bundle, conversation, pictures, thinking))
+            except UserError as error:
+                raise UserError(f"conversation {number}: {error}") from error
+    *_, answer = stream(bundle, samples, max_new_tokens, temperature, **decoding_options)
+    texts = [("<think>" if thinking else "") + bundle.tokenizer.decode(ids) for ids in answer.ids]
+    return texts if batched else texts[0]

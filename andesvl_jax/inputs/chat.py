@@ -36,7 +36,7 @@ def render_prompt(
     Args:
       messages: `{"role": "user" | "assistant" | "system", "content": ...}`, the content a string, in which every `<image>` is
         the place of an image, or a list of `{"type": "text", "text": str}` (taken literally), `{"type": "image", ...}` and
-        `{"type": "image_url", ...}`.
+        `{"type": "image_url", ...}`. `without_marks` makes strings literal too.
       visual_tokens: visual tokens of each image, in order of appearance.
       thinking: opens the answer with `<think>`.
     Raises:
@@ -212,6 +212,39 @@ def _image_of(item: Mapping[str, Any], number: int) -> Any:
     if isinstance(image, str) and ("://" in image or image.startswith("data:")):
         raise UserError(f"message {number}: image is the URL {image[:80]!r}, expected a local path; nothing is downloaded.")
     return image
+
+
+def without_marks(messages: Sequence[Message]) -> list[Message]:
+    """The messages with every string content taken literally: an `<image>` in it is text and makes no place for an image."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message, Mapping) and isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+def without_reasoning(messages: Sequence[Message]) -> list[Message]:
+    """The messages without the reasoning of the answers before the last user turn, as Qwen3's chat template drops it.
+
+    The released model code, and with it `render_prompt`, keeps what it is given. Raises UserError for a malformed message.
+    """
+    turns = [_checked(message, number) for number, message in enumerate(messages, start=1)]
+    last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=-1)
+    return [
+        {**message, "content": _after_reasoning(content)} if role == "assistant" and i < last else message
+        for i, (message, (role, content)) in enumerate(zip(messages, turns, strict=True))
+    ]
+
+
+def _after_reasoning(content: str | list[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+    if isinstance(content, str):
+        return content.rpartition("</think>")[2].lstrip("\n") if "</think>" in content else content
+    ends = [i for i, item in enumerate(content) if item["type"] == "text" and "</think>" in item["text"]]
+    if not ends:
+        return content
+    first = content[ends[-1]]
+    return [{**first, "text": _after_reasoning(first["text"])}, *content[ends[-1] + 1 :]]
 
 
 def parse_thinking(text: str) -> tuple[str, str]:

@@ -1,8 +1,9 @@
 """Native-resolution image preprocessing: any picture -> canvas -> normalised patches in 2x2 block order.
 
-The size rule is the one of the released AndesVL checkpoints, quirks included, because the trained position grids depend on
-it: the canvas always grows to the next multiple of the base, even from an exact multiple. Sizes are (width, height), grids
-(rows, columns). All of it runs on the host in NumPy and Pillow.
+Two size rules exist, each exact with its quirks, because the trained position grids depend on them: the one of the released
+checkpoints, whose canvas always grows to the next multiple of the base, even from an exact multiple, and the one of their
+public evaluation (vLLM port), which keeps exact multiples. Sizes are (width, height), grids (rows, columns). All of it runs on
+the host in NumPy and Pillow.
 """
 
 import math
@@ -21,8 +22,15 @@ from andesvl_jax.errors import UserError
 ImageSource = np.ndarray | Image.Image | str | PathLike
 
 MAX_PIXELS = 64_000_000  # above the largest common phone sensor mode (50 MP); 192 MB once decoded to RGB
+MAX_SIDE = 1_000_000  # bound of the size rule's numbers, so that none overflows
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # decoded in process; EPS would start Ghostscript
 _FAMILY_STATISTICS = {"aimv2": (AIMV2_MEAN, AIMV2_STD), "siglip2": ((0.5,) * 3, (0.5,) * 3)}
+
+# The two ways the releases see pictures, by name: as shipped, and as evaluated. The same picture has other canvases in each.
+PRESETS: dict[str, dict[str, Any]] = {
+    "release": {"size_rule": "release", "max_size": 733, "min_size": 0, "image_scale": 1.0},
+    "evaluation": {"size_rule": "evaluation", "max_size": 1792, "min_size": 0, "image_scale": 1.0},
+}
 
 # Steps of HF image processors that this pipeline does not have or always has: accepted at these values alone.
 _FIXED = {
@@ -46,18 +54,33 @@ class ImageProcessor:
     max_size: int = 733  # canvases above max_size^2 pixels are scaled down (nominally; the canvas then grows to the base)
     min_tokens: int = 4  # pictures below min_tokens * base^2 pixels are scaled up
     max_resolution: int = 4172  # longest side after the first downscale
+    size_rule: Literal["release", "evaluation"] = "release"
+    min_size: int = 0  # evaluation only: pictures below min_size^2 pixels are scaled up (GUI benchmarks: 1792)
+    image_scale: float = 1.0  # evaluation only: both sides are scaled by this first (small print: 2)
 
     def __post_init__(self):
-        for name in ("patch_size", "merge_size", "max_size", "min_tokens", "max_resolution"):
+        least = {"patch_size": 1, "merge_size": 1, "max_size": 1, "min_tokens": 1, "max_resolution": 1, "min_size": 0}
+        for name, low in least.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise UserError(f"image processor field {name}: found {value!r}, expected a positive whole number.")
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_SIDE:
+                raise UserError(
+                    f"image processor field {name}: found {value!r}, expected a whole number from {low} to {MAX_SIDE:,}."
+                )
         if self.merge_size != 2:
             raise UserError(f"image processor field merge_size: found {self.merge_size}, expected 2, the only merge there is.")
         if self.max_resolution < self.base:
             raise UserError(
                 f"image processor field max_resolution: found {self.max_resolution}, expected at least {self.base} pixels, "
                 "one visual token."
+            )
+        if self.size_rule not in ("release", "evaluation"):
+            raise UserError(f"image processor field size_rule: found {self.size_rule!r}, expected 'release' or 'evaluation'.")
+        if not _is_finite(self.image_scale) or not 1 / 16 <= self.image_scale <= 16:
+            raise UserError(f"image processor field image_scale: found {self.image_scale!r}, expected a number from 1/16 to 16.")
+        if self.size_rule == "release" and (self.min_size, self.image_scale) != (0, 1):
+            raise UserError(
+                f"image processor fields min_size and image_scale: found {self.min_size} and {self.image_scale}, expected 0 and "
+                "1 under size_rule 'release', which has no such steps; take size_rule 'evaluation'."
             )
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -84,14 +107,17 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(
-        cls, raw: Mapping[str, Any], vision: VisionConfig, max_size: int | None = None, source: str = "preprocessor_config.json"
-    ) -> "ImageProcessor":
+        cls, raw: Mapping[str, Any], vision: VisionConfig, max_size: int | None = None, source: str = "preprocessor_config.json",
+        preset: str | None = None,
+    ) -> "ImageProcessor":  # fmt: skip
         """Reads a parsed `preprocessor_config.json`; the encoder family fills absent statistics.
 
         Args:
           raw: the parsed JSON object, `{}` where there is none; `source` names it in errors.
           vision: the encoder the patches are for; its patch and merge size must be the file's.
-          max_size: overrides the file's value (the releases store none and run at 733; their evaluation at 1792).
+          max_size: overrides the value of the file or preset.
+          preset: a name of PRESETS, which overrides the size rule of the file; None keeps the file's (the releases store none
+            and run as "release").
         Raises:
           UserError: a step or value that this pipeline or this encoder cannot honour.
         """
@@ -103,7 +129,10 @@ class ImageProcessor:
         factor = raw.get("rescale_factor", 1 / 255)
         if not _is_finite(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
             raise UserError(f"{source}: rescale_factor is {factor!r}, expected 1/255.")
-        optional = {key: raw[key] for key in ("max_size", "min_tokens", "max_resolution") if key in raw}
+        if preset is not None and preset not in PRESETS:
+            raise UserError(f"image preset: found {preset!r}, expected one of {', '.join(PRESETS)}.")
+        optional = {key: raw[key] for key in (*PRESETS["release"], "min_tokens", "max_resolution") if key in raw}
+        optional |= PRESETS.get(preset, {})
         if max_size is not None:
             optional["max_size"] = max_size
         try:
@@ -115,7 +144,7 @@ class ImageProcessor:
             raise UserError(f"{source}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`: the keys of the releases, plus the size rule's three numbers."""
+        """The inverse of `from_hf`: the keys of the releases, plus the size rule and its numbers."""
         return {
             "image_processor_type": "CLIPImageProcessor",
             **_FIXED,
@@ -126,9 +155,7 @@ class ImageProcessor:
             "image_std": list(self.std),
             "patch_size": self.patch_size,
             "hidden_stride": self.merge_size,
-            "max_size": self.max_size,
-            "min_tokens": self.min_tokens,
-            "max_resolution": self.max_resolution,
+            **{key: getattr(self, key) for key in (*PRESETS["release"], "min_tokens", "max_resolution")},
         }
 
 
@@ -136,7 +163,7 @@ class ImageProcessor:
 class SizePlan:
     """Where a picture goes. Every pair is (width, height) in pixels."""
 
-    branch: Literal["pad", "max", "min"]
+    branch: Literal["pad", "max", "min", "fit", "keep"]  # the first three: release; fit, keep (untouched): evaluation
     pre: tuple[int, int] | None  # first downscale, of pictures longer than max_resolution
     new: tuple[int, int]  # size the picture is resized to
     canvas: tuple[int, int]  # multiples of the base
@@ -158,12 +185,20 @@ class Patches:
 
 
 def plan_size(width: int, height: int, processor: ImageProcessor) -> SizePlan:
-    """The size rule of the released preprocessing, in double precision and its exact order of operations.
+    """The processor's size rule, in double precision and its exact order of operations.
 
     Raises:
-      UserError: a side below 1 pixel, more than MAX_PIXELS, or a picture so thin that a side rounds to 0 pixels.
+      UserError: a side below 1 pixel, more than MAX_PIXELS of picture or canvas, or a picture so thin that a side rounds to 0
+        pixels.
     """
     _check_size(width, height, "image")
+    plan = (_plan_release if processor.size_rule == "release" else _plan_evaluation)(width, height, processor)
+    _refuse_vanished(plan.new, width, height)
+    _check_size(*plan.canvas, "canvas")
+    return plan
+
+
+def _plan_release(width: int, height: int, processor: ImageProcessor) -> SizePlan:
     base, cap = processor.base, processor.max_resolution
     w, h, pre = width, height, None
     if max(w, h) > cap:
@@ -176,9 +211,31 @@ def plan_size(width: int, height: int, processor: ImageProcessor) -> SizePlan:
         branch, (canvas, new) = "min", _fit_area(w, h, int(base * math.sqrt(processor.min_tokens)), base, cap)
     else:
         branch, (canvas, new) = "pad", _fit_next_multiple(w, h, base)
-    _refuse_vanished(new, width, height)
     offset = ((canvas[0] - new[0]) // 2, (canvas[1] - new[1]) // 2)
     return SizePlan(branch, pre, new, canvas, offset)
+
+
+def _plan_evaluation(width: int, height: int, processor: ImageProcessor) -> SizePlan:
+    """Scales the size, not the picture, step by step; the picture is resampled once, or not at all where it fits as it is."""
+    base = processor.base
+    w, h = width * float(processor.image_scale), height * float(processor.image_scale)
+    if max(w, h) > processor.max_resolution:
+        scale = processor.max_resolution / max(w, h)
+        w, h = w * scale, h * scale
+    for least in (base**2 * processor.min_tokens, processor.min_size**2):
+        if w * h < least:
+            scale = math.sqrt(least / (w * h))
+            w, h = w * scale, h * scale
+    if w * h > processor.max_size**2:
+        scale = math.sqrt(processor.max_size**2 / (w * h))
+        w, h = w * scale, h * scale
+    canvas = math.ceil(w / base) * base, math.ceil(h / base) * base
+    if canvas == (width, height):
+        return SizePlan("keep", None, canvas, canvas, (0, 0))
+    scale = min(canvas[0] / width, canvas[1] / height)
+    new = width * scale, height * scale
+    offset = int((canvas[0] - new[0]) / 2), int((canvas[1] - new[1]) / 2)
+    return SizePlan("fit", None, (int(new[0]), int(new[1])), canvas, offset)
 
 
 def _fit_area(w: int, h: int, side: int, base: int, cap: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -204,11 +261,14 @@ def _fit_next_multiple(w: int, h: int, base: int) -> tuple[tuple[int, int], tupl
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Any picture as a PIL image of mode RGB, converted as Pillow's `convert("RGB")` does (alpha is dropped).
+    """Any picture as a PIL image of mode RGB, upright.
+
+    Modes are converted as Pillow's `convert("RGB")` does (alpha is dropped, not blended; colour profiles are ignored), except
+    that 16-bit grey is scaled to 8 bits, where Pillow would clip it. EXIF rotation is applied.
 
     Args:
-      source: uint8 array [H, W], [H, W, 3] or [H, W, 4]; PIL image; or the path of a file of one of FORMATS, whose EXIF
-        rotation is applied and of whose frames the first is taken.
+      source: uint8 array [H, W], [H, W, 3] or [H, W, 4]; PIL image, at its current frame; or the path of a file of one of
+        FORMATS, of whose frames the first is taken.
     Raises:
       UserError: anything else, a damaged file, or more than MAX_PIXELS (refused before decoding).
     """
@@ -246,7 +306,7 @@ def image_size(path: str | PathLike) -> tuple[int, int]:
 
 def _from_file(path: Path) -> Image.Image:
     with _opened(path) as image:
-        return _to_rgb(image, f"{str(path)[:200]} ({image.format})", upright=True)
+        return _to_rgb(image, f"{str(path)[:200]} ({image.format})")
 
 
 def _opened(path: Path) -> Image.Image:
@@ -265,10 +325,15 @@ def _opened(path: Path) -> Image.Image:
         raise UserError(f"{name}: cannot be opened as an image; expected a file of type {', '.join(FORMATS)}.") from error
 
 
-def _to_rgb(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_size(*image.size, name)  # the header's size, before anything is decoded
+    sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     try:
-        picture = (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+        picture = ImageOps.exif_transpose(image)  # a copy
+        picture.info.pop("transparency", None)  # alpha is dropped; Pillow would warn about palettes that have it
+        if sixteen_bit:  # the high byte, as Pillow reads 16-bit colour
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        picture = picture.convert("RGB")
     except Exception as error:  # and so do its decoders
         raise UserError(f"{name}: the image data are truncated or damaged ({error}).") from error
     _check_size(*picture.size, name)
@@ -298,7 +363,7 @@ def to_canvas(image: ImageSource, processor: ImageProcessor) -> np.ndarray:
     plan = plan_size(*picture.size, processor)
     if plan.pre is not None:  # resampled twice, as in the release
         picture = picture.resize(plan.pre, Image.Resampling.BICUBIC)
-    picture = picture.resize(plan.new, Image.Resampling.BICUBIC)
+    picture = picture.resize(plan.new, Image.Resampling.BICUBIC)  # a copy where the size is the same
     canvas = Image.new("RGB", plan.canvas, processor.background)
     canvas.paste(picture, plan.offset)
     return np.array(canvas)

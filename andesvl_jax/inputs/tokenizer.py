@@ -79,6 +79,8 @@ class Tokenizer:
         if json_path.is_file():
             return cls._from_json(_read(json_path), settings, json_path)
         if not merges_path.is_file():
+            if vocab_path.is_file():
+                raise UserError(f"{vocab_path}: has no merges.txt beside it, expected both files, or tokenizer.json.")
             return None
         vocab = _parse_object(_read(vocab_path), vocab_path) if vocab_path.is_file() else None
         return cls.from_merges(read_merges(merges_path), vocab, settings, source=vocab_path if vocab else merges_path)
@@ -94,12 +96,15 @@ class Tokenizer:
         """Byte-level BPE of these merges, in order of rank, followed by ADDED_TOKENS. `source` names them in errors.
 
         Raises:
-          UserError: a merge of parts that are not in the vocabulary before it.
+          UserError: a merge of parts that are not in the vocabulary before it, or ids that are not 0, 1, 2, ...
         """
         if vocab is None:
             vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
             for rank, (left, right) in enumerate(merges):
                 vocab.setdefault(left + right, 256 + rank)
+        if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
+            # the added tokens come next; with gaps or doubles they would share ids with text
+            raise UserError(f"{source}: the ids are not 0 to {len(vocab) - 1}, each once; expected a complete vocabulary.")
         try:
             full = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
         except Exception as error:  # the library raises bare Exception

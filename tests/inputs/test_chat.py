@@ -15,6 +15,8 @@ from andesvl_jax.inputs.chat import (
     parse_thinking,
     render_prompt,
     render_training,
+    without_marks,
+    without_reasoning,
 )
 from andesvl_jax.inputs.tokenizer import ADDED_TOKENS
 
@@ -224,6 +226,33 @@ def test_malformed_messages_are_named(tokenizer, messages, message):
     for render in (render_prompt, render_training):
         with pytest.raises(UserError, match=re.escape(message)):
             render(messages, tokenizer, [])
+
+
+def test_strings_can_be_taken_literally(tokenizer):
+    messages = [user("<image> and <image>"), assistant("<image>"), user([{"type": "image", "image": IMAGE}])]
+    ids = render_prompt(without_marks(messages), tokenizer, [3])
+    assert ids.count(tokenizer.image_token_id) == 3 and images_of(without_marks(messages))[0] is IMAGE
+    plain = render_prompt([user("a"), assistant("b")], tokenizer, [])
+    assert render_prompt(without_marks([user("a"), assistant("b")]), tokenizer, []) == plain
+
+
+def test_reasoning_of_earlier_turns_is_kept_unless_dropped(tokenizer):
+    """The released model code keeps it; Qwen3's chat template drops it before the last user turn."""
+    thought = "<think>\nso\n</think>\n\nyes"
+    messages = [
+        user("<think>mine</think>a"), assistant(thought), user("b"),
+        assistant([text_item("<think>x"), text_item("y</think>"), text_item("no")]), user("c"), assistant(thought),
+    ]  # fmt: skip
+    kept = tokenizer.decode(render_prompt(messages, tokenizer, []), skip_special=False)
+    assert kept.count("</think>") == 4
+    dropped = tokenizer.decode(render_prompt(without_reasoning(messages), tokenizer, []), skip_special=False)
+    assert dropped == (
+        "<|im_start|>user\n<think>mine</think>a<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nb<|im_end|>\n"
+        f"<|im_start|>assistant\nno<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{thought}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    cut_off = [user("a"), assistant("<think>never closed"), user("b")]
+    assert without_reasoning(cut_off) == cut_off
 
 
 def test_pictures_must_be_there_and_local():

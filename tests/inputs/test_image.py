@@ -1,6 +1,7 @@
 """Bit parity with the released preprocessing, the size rule's properties, and pictures nobody should be able to hurt us with."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from andesvl_jax import config
 from andesvl_jax.config import CONFIGS
@@ -22,6 +23,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SETS = ("aimv2_a", "aimv2_c_multi_image_text", "siglip2_c_multi")
 VISION = {"aimv2": CONFIGS["andesvl-1b"].vision, "siglip2": CONFIGS["andesvl-0.6b"].vision}
 AIMV2, SIGLIP2 = (ImageProcessor.from_hf({}, VISION[family]) for family in ("aimv2", "siglip2"))
+
+
+EVALUATION_FIELDS = ("image_scale", "min_size", "max_size")
+
+
+def evaluation(base: int, image_scale: float, min_size: int, max_size: int) -> ImageProcessor:
+    rule = {"size_rule": "evaluation", "image_scale": image_scale, "min_size": min_size, "max_size": max_size}
+    return dataclasses.replace(AIMV2 if base == 28 else SIGLIP2, **rule)
 
 
 def read_json(*parts):
@@ -63,6 +72,44 @@ def test_golden_patches(name):
     np.testing.assert_array_equal(np.concatenate([one.patches for one in prepared]), arrays["flat_patches"])
     np.testing.assert_array_equal([one.grid for one in prepared], arrays["grid_hw"])
     assert [one.visual_tokens for one in prepared] == meta["image_token_counts"]
+
+
+def test_every_row_of_the_evaluation_table():
+    """Recorded from the public evaluation's own two functions (its vLLM port), both encoders."""
+    table = read_json("preprocess", "evaluation_table.json")
+    assert table["columns"] == "w h base image_scale min_size max_size new_size canvas offset" and len(table["rows"]) == 1000
+    for w, h, base, *rest in table["rows"]:
+        plan = plan_size(w, h, evaluation(base, *rest[:3]))
+        assert [list(plan.new), list(plan.canvas), list(plan.offset)] == rest[3:], (w, h, base, rest)
+        assert (plan.branch == "keep") == ([w, h] == rest[4]) and plan.pre is None
+
+
+def test_every_evaluation_canvas():
+    arrays, cases = np.load(GOLDEN / "preprocess" / "preprocess.npz"), read_json("preprocess", "evaluation_canvases.json")
+    assert len(cases) == 101
+    for case in cases:
+        processor = evaluation({"aimv2": 28, "siglip2": 32}[case["family"]], *(case[k] for k in EVALUATION_FIELDS))
+        canvas = to_canvas(arrays[case["image"]], processor)
+        assert [canvas.shape[1], canvas.shape[0]] == case["size"]
+        assert hashlib.sha256(canvas.tobytes()).hexdigest() == case["sha256"], case
+
+
+def test_presets_are_the_two_ways_of_the_releases(tmp_path):
+    vision = VISION["aimv2"]
+    release, evaluation = (ImageProcessor.from_hf({}, vision, preset=name) for name in ("release", "evaluation"))
+    assert release == AIMV2 and (release.max_size, evaluation.max_size) == (733, 1792)
+    assert plan_size(56, 56, release).canvas == (84, 84) and plan_size(56, 56, evaluation).canvas == (56, 56)
+    stored = evaluation.to_hf()
+    assert ImageProcessor.from_hf(stored, vision) == evaluation  # a saved checkpoint keeps its rule
+    assert ImageProcessor.from_hf(stored, vision, preset="release") == release
+    assert ImageProcessor.from_hf({}, vision, 3000, preset="evaluation").max_size == 3000
+    with pytest.raises(UserError, match="image preset: found 'vllm', expected one of release, evaluation"):
+        ImageProcessor.from_hf({}, vision, preset="vllm")
+
+
+def test_an_exact_multiple_is_untouched_under_the_evaluation_rule():
+    picture = np.random.default_rng(8).integers(0, 256, (84, 56, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(to_canvas(picture, evaluation(28, 1.0, 0, 1792)), picture)
 
 
 def test_patch_order_and_features():
@@ -122,10 +169,10 @@ def test_arrays_pil_images_and_paths_agree(tmp_path):
         np.testing.assert_array_equal(to_canvas(source, AIMV2), expected)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"])
 def test_every_mode_is_converted_as_pillow_does(mode):
     rgb = Image.fromarray(np.random.default_rng(3).integers(0, 256, (9, 11, 3), dtype=np.uint8))
-    source = rgb.convert("L").convert("I").convert(mode) if mode == "I;16" else rgb.convert(mode)
+    source = rgb.convert(mode)
     opened = open_image(source)
     assert opened.mode == "RGB" and opened.tobytes() == source.convert("RGB").tobytes()
 
@@ -137,18 +184,63 @@ def test_gray_and_rgba_arrays():
     assert np.array(open_image(rgba)).reshape(-1, 3).tolist() == [[10, 20, 30]] * 12
 
 
-def test_exif_rotation_of_files_is_applied(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 255, 256, 30_000, 65_535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    with Image.open(tmp_path / f"a.{suffix}") as picture:
+        for source in (tmp_path / f"a.{suffix}", picture):
+            np.testing.assert_array_equal(np.array(open_image(source)), np.repeat(values[..., None] >> 8, 3, axis=2))
+    for mode, order in (("I;16", "<u2"), ("I;16B", ">u2")):
+        source = Image.frombytes(mode, (5, 1), values.astype(order).tobytes())
+        np.testing.assert_array_equal(np.array(open_image(source))[..., 0], values >> 8)
+
+
+def test_16_bit_colour_is_read_by_its_high_byte_too(tmp_path):
+    values = np.array([[[0, 300, 65_535]]], ">u2")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"\0" + values.tobytes())
+    chunks = b"\x89PNG\r\n\x1a\n"
+    for chunk in (header, data, b"IEND"):
+        chunks += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(chunks)
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (0, 1, 255)
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_dropped_without_a_word(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for mode in ("P", "L"):
+        picture = Image.fromarray(grey).convert(mode)
+        picture.save(tmp_path / "a.png", transparency=bytes(range(256)) if mode == "P" else 7)
+        np.testing.assert_array_equal(np.array(open_image(tmp_path / "a.png"))[..., 0], grey)
+
+
+def test_a_cmyk_jpeg_has_the_colours_a_viewer_shows(tmp_path):
+    colour = (200, 40, 90)
+    Image.new("RGB", (16, 16), colour).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    assert np.abs(np.array(open_image(tmp_path / "a.jpg"))[8, 8].astype(int) - colour).max() <= 3  # JPEG's rounding
+
+
+def test_exif_rotation_is_applied_once(tmp_path):
     array = np.random.default_rng(4).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(np.array(open_image(tmp_path / "a.png")), np.rot90(array, -1))
+    with Image.open(tmp_path / "a.png") as picture:
+        for source in (tmp_path / "a.png", picture, picture.convert("RGB"), ImageOps.exif_transpose(picture)):
+            np.testing.assert_array_equal(np.array(open_image(source)), np.rot90(array, -1))
 
 
-def test_the_first_frame_of_an_animation(tmp_path):
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_the_first_frame_of_an_animation(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **lossless)
+    assert open_image(tmp_path / f"a.{suffix}").getpixel((0, 0)) == (255, 0, 0)
+    with Image.open(tmp_path / f"a.{suffix}") as picture:
+        picture.seek(1)
+        assert open_image(picture).getpixel((0, 0)) == (0, 0, 255)  # the frame that the caller chose
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -246,8 +338,21 @@ def test_thin_pictures():
             plan_size(*size, AIMV2)
     with pytest.raises(UserError, match="too thin"):  # vanishes in the area rule
         plan_size(4172, 1, dataclasses.replace(AIMV2, max_size=10))
+    with pytest.raises(UserError, match="too thin"):
+        plan_size(5000, 1, evaluation(28, 1.0, 0, 1792))
     with pytest.raises(UserError, match="image: the size is 20000x20000"):
         plan_size(20_000, 20_000, AIMV2)
+
+
+def test_no_setting_makes_a_canvas_beyond_the_limit():
+    """A hostile preprocessor_config.json must not allocate a canvas of terabytes."""
+    for processor in (
+        dataclasses.replace(AIMV2, min_tokens=10**6, max_resolution=10**6),
+        dataclasses.replace(evaluation(28, 16.0, 10**6, 10**6), max_resolution=10**6),
+        dataclasses.replace(evaluation(32, 1.0, 0, 1792), min_tokens=10**6, max_size=10**6),
+    ):
+        with pytest.raises(UserError, match="canvas: the size is .*, expected at most 64,000,000 pixels"):
+            plan_size(600, 600, processor)
 
 
 def test_processor_configs_round_trip():
@@ -277,6 +382,13 @@ def test_processor_configs_round_trip():
         ({"max_size": "733"}, "image processor field max_size: found '733'"),
         ({"min_tokens": -1}, "image processor field min_tokens"),
         ({"max_resolution": 20}, "image processor field max_resolution: found 20, expected at least 28"),
+        ({"max_size": 10**400}, "image processor field max_size"),
+        ({"size_rule": "vllm"}, "image processor field size_rule: found 'vllm'"),
+        ({"size_rule": "evaluation", "min_size": -1}, "image processor field min_size: found -1"),
+        ({"size_rule": "evaluation", "image_scale": 1e308}, "image processor field image_scale: found 1e+308"),
+        ({"size_rule": "evaluation", "image_scale": 0}, "image processor field image_scale: found 0"),
+        ({"min_size": 1792}, "under size_rule 'release', which has no such steps"),
+        ({"image_scale": 2.0}, "under size_rule 'release', which has no such steps"),
     ],
 )
 def test_processor_configs_that_cannot_be_honoured(raw, message):
@@ -295,12 +407,16 @@ def test_every_field_of_the_processor_matters():
 
     changes = {
         "patch_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "max_size": 90, "min_tokens": 40,
-        "max_resolution": 150,
+        "max_resolution": 150, "size_rule": "evaluation",
     }  # fmt: skip
-    assert set(changes) | {"merge_size"} == {field.name for field in dataclasses.fields(ImageProcessor)}
+    scaling = {"min_size": 300, "image_scale": 2.0}
+    assert {*changes, *scaling, "merge_size"} == {field.name for field in dataclasses.fields(ImageProcessor)}
     for name, value in changes.items():
         changed = dataclasses.replace(AIMV2, **{name: value})
         assert outputs(changed, picture) != outputs(AIMV2, picture) or outputs(changed, small) != outputs(AIMV2, small), name
+    for name, value in scaling.items():
+        unscaled = evaluation(28, 1.0, 0, 733)
+        assert outputs(dataclasses.replace(unscaled, **{name: value}), picture) != outputs(unscaled, picture), name
     with pytest.raises(UserError, match="merge_size: found 3, expected 2"):
         dataclasses.replace(AIMV2, merge_size=3)
 
