@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = verb("chat", _chat, "ask a model about pictures")
     chat.add_argument("question", help="may hold <image> marks for the places of the pictures; without marks they come first")
-    chat.add_argument("--model", required=True, help="checkpoint directory")
+    chat.add_argument("--model", required=True, help="checkpoint directory, or a hub id owner/name")
+    chat.add_argument("--revision", help="branch, tag or commit of a hub id")
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--thinking", action="store_true", help="let the model reason inside <think>")
@@ -86,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
         help="canvas and visual tokens of a picture of this size",
     )
     info.add_argument("--image", action="append", default=[], metavar="FILE", help="the same for a picture file, by its header")
-    info.add_argument("--max-size", type=int, help="square root of the pixel budget of a picture (release: 733)")
+    info.add_argument("--image-preset", help="how pictures are sized: release (default) or evaluation")
+    info.add_argument(
+        "--max-size", type=int, help="square root of the pixel budget of a picture (release: 733, evaluation: 1792)"
+    )
 
     train = verb("train", _train, "train a model")
     train.add_argument("--config", required=True, help="Python file with get_config(), e.g. configs/nano_demo.py")
@@ -110,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quantize", choices=("int8",), help="LiteRT only: weights as int8")
 
     bench = verb("bench", _bench, "time this network beside the same network in PyTorch")
-    bench.add_argument("name", choices=("decode", "train_step"))
-    bench.add_argument("--config", help="a configuration by name (default: andesvl-0.6b for decode, nano for train_step)")
+    bench.add_argument("name", choices=("decode", "full_size", "train_step"))
+    bench.add_argument("--config", help="a configuration by name (default: andesvl-0.6b; nano for train_step)")
     return parser
 
 
@@ -146,7 +150,7 @@ def _chat(args) -> dict[str, Any]:
     from andesvl_jax.inputs.chat import parse_thinking
     from andesvl_jax.inputs.tokenizer import DecodeStream
 
-    bundle = _load(args.model, dtype=args.dtype, max_size=args.max_size, image_preset=args.image_preset)
+    bundle = _load(args.model, dtype=args.dtype, max_size=args.max_size, image_preset=args.image_preset, revision=args.revision)
     question = args.question if "<image>" in args.question else "<image>" * len(args.image) + args.question
     system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
     messages = system + [{"role": "user", "content": question}]
@@ -187,7 +191,7 @@ def _chat(args) -> dict[str, Any]:
 def _info(args) -> dict[str, Any]:
     from andesvl_jax.compression.accounting import describe_checkpoint
 
-    result = describe_checkpoint(args.model, args.size, args.image, args.max_size)
+    result = describe_checkpoint(args.model, args.size, args.image, args.max_size, args.image_preset)
     number = lambda value, width=0: format("-" if value is None else format(value, ","), f">{width}")  # noqa: E731
     print(f"{'':12s} {'parameters':>15s} {'bytes on disk':>15s} {'bits per weight':>16s}")
     for part, parameters in result["parameters"].items():

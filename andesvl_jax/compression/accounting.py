@@ -50,13 +50,18 @@ def kv_bytes_per_token(text: TextConfig, dtype: str) -> int:
 
 
 def describe_checkpoint(
-    model: str, sizes: Sequence[tuple[int, int]] = (), pictures: Sequence[str] = (), max_size: int | None = None
+    model: str,
+    sizes: Sequence[tuple[int, int]] = (),
+    pictures: Sequence[str] = (),
+    max_size: int | None = None,
+    image_preset: str | None = None,
 ) -> dict[str, Any]:
     """What `andesvl info` prints, read from configurations and headers: no tensor is loaded and no picture decoded.
 
     Args:
       model: a checkpoint directory or a configuration name. sizes: (width, height) of pictures that may not exist.
       pictures: files of pictures. max_size: square root of the pixel budget of a picture, the directory's own if None.
+      image_preset: "release" or "evaluation", the directory's own if None.
     Returns:
       parameters: {vision, projector, decoder, embedding (a part of the decoder), total}
       bytes_on_disk, bytes: of the weight files, and of their tensors per part; None without weight files
@@ -91,7 +96,7 @@ def describe_checkpoint(
     if by_part is not None:
         by_part["total"] = sum(tensors.values())
     source = str(directory / "preprocessor_config.json")
-    processor = ImageProcessor.from_hf(raw_processor, config.vision, max_size=max_size, source=source)
+    processor = ImageProcessor.from_hf(raw_processor, config.vision, max_size=max_size, source=source, preset=image_preset)
     named = [(f"{width}x{height}", (width, height)) for width, height in sizes]
     named += [(str(picture), image_size(picture)) for picture in pictures]
     per_token = {name: kv_bytes_per_token(config.text, name) for name in ("float32", "bfloat16")}

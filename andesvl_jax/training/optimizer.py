@@ -1,6 +1,7 @@
 """AdamW with one learning rate per part of the model; a part with rate 0 is frozen and holds no moments."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from andesvl_jax.model.andesvl import AndesVL
@@ -8,18 +9,29 @@ from andesvl_jax.training.config import PARTS, Optimizer
 from andesvl_jax.weights import is_param
 
 
-def make_optimizer(config: Optimizer, description: AndesVL, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with warm-up and cosine to `final_fraction` of each part's peak.
+def rate(config: Optimizer, step: jax.Array, steps: jax.Array) -> jax.Array:
+    """Share of the peak learning rate at a step: linear warm-up, then cosine to `final_fraction` at `steps`.
+
+    `steps` is traced, where optax's schedules want a Python number, so that stages of any length share one compiled step.
+    """
+    done = jnp.clip((step - config.warmup_steps) / (steps - config.warmup_steps), 0.0, 1.0)
+    cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return cosine * jnp.minimum(1.0, step / config.warmup_steps) if config.warmup_steps else cosine
+
+
+def make_optimizer(config: Optimizer, description: AndesVL, steps: jax.Array | int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW at `rate` times each part's peak.
 
     Args:
-      description: tree of `Param`; matrices and tables decay, norms and biases do not.
+      description: tree of `Param`; matrices and tables decay, norms and biases do not. steps: of the whole run.
     """
 
     def adamw(peak: float, weight_decay: float) -> optax.GradientTransformation:
         if peak == 0:
             return optax.set_to_zero()
-        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, peak * config.final_fraction)
-        return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=weight_decay)
+        return optax.adamw(
+            lambda step: peak * rate(config, step, steps), config.b1, config.b2, config.eps, weight_decay=weight_decay
+        )
 
     decays = {"matrices": config.weight_decay, "vectors": 0.0}
     transforms = {f"{part} {kind}": adamw(getattr(config, part), decay) for part in PARTS for kind, decay in decays.items()}

@@ -51,9 +51,9 @@ def loss_fn(params: AndesVL, config: AndesVLConfig, batch: Batch, optimizer: Opt
     return total / jnp.maximum(weight, 1.0), weight
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer", "steps"), donate_argnames=("state",))
-def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer: Optimizer, steps: int):
-    """One update. A loss or gradient that is not finite leaves parameters and moments as they were.
+@functools.partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames=("state",))
+def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer: Optimizer, steps: jax.Array | int):
+    """One update of `steps`. A loss or gradient that is not finite leaves parameters and moments as they were.
 
     Returns:
       the new state; metrics: loss, gradient_norm, update_norm, targets, tokens, skipped (steps in a row), float32 [] each.

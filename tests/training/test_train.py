@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import andesvl_jax as avl
@@ -16,7 +17,7 @@ from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.training import train as train_lib
 from andesvl_jax.training.checkpoint import open_manager, restore_latest
 from andesvl_jax.training.metrics import read_metrics
-from andesvl_jax.training.optimizer import make_optimizer
+from andesvl_jax.training.optimizer import make_optimizer, rate
 from andesvl_jax.training.train import init_state, train, train_step
 
 
@@ -86,9 +87,23 @@ def test_parts_have_their_own_rates(tiny_run):
     transform = make_optimizer(optimizer, train_lib.describe(tiny_run.model), 100)
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = transform.update(grads, transform.init(params), params)
-    for part, rate in (("vision", 1e-3), ("projector", 2e-3), ("decoder", 4e-3)):
+    for part, peak in (("vision", 1e-3), ("projector", 2e-3), ("decoder", 4e-3)):
         sizes = [float(jnp.abs(u).max()) for u in jax.tree.leaves(getattr(updates, part))]
-        np.testing.assert_allclose(sizes, rate, rtol=1e-3)  # epsilon and the clipped gradient move it by less than 1e-3
+        np.testing.assert_allclose(sizes, peak, rtol=1e-3)  # epsilon and the clipped gradient move it by less than 1e-3
+
+
+def test_rates_are_those_of_optax_and_runs_of_any_length_share_a_program(tiny_run):
+    optimizer = tiny_run.optimizer
+    for steps in (50, 400):
+        peer = optax.warmup_cosine_decay_schedule(0.0, 1.0, optimizer.warmup_steps, steps, optimizer.final_fraction)
+        at = jnp.array([0, 1, optimizer.warmup_steps, steps // 2, steps, steps + 3])
+        ours = jax.vmap(lambda step: rate(optimizer, step, steps))(at)
+        np.testing.assert_allclose(ours, jax.vmap(peer)(at), atol=1e-6)  # float32 cosines of the same angle
+    state, data = init_state(tiny_run), data_of(tiny_run)
+    train_step.clear_cache()
+    for steps in (50, 400):
+        state, _ = train_step(state, next(data), tiny_run.model, optimizer, steps)
+    assert train_step._cache_size() == 1
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_run):
