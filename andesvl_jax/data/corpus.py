@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from andesvl_jax.data.registry import EXERCISES, TASKS, render
+from andesvl_jax.data.registry import TASKS, render
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.tokenizer import ADDED_TOKENS, SPLIT_PATTERN
 
@@ -46,7 +46,7 @@ def corpus(seed: int, examples: int = EXAMPLES) -> Iterator[str]:
     """
     for text in general_text():
         yield lower_capital_runs(text)
-    families = tuple(TASKS | EXERCISES)
+    families = tuple(TASKS)
     for index in range(examples):
         for turn in render(families[index % len(families)], seed, index, "train").turns:
             answer = "" if turn.task == "word" else f"\n{turn.answer}"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 VALIDATION_SHARE = 0.1
+MANY = 6  # things in the fullest picture
 T = TypeVar("T")
 
 

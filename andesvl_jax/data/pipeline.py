@@ -11,8 +11,8 @@ import numpy as np
 from grain import experimental as grain_experimental
 
 from andesvl_jax.data.conversations import Conversations
-from andesvl_jax.data.examples import Example
-from andesvl_jax.data.registry import EXERCISES, TASKS, render
+from andesvl_jax.data.examples import MANY, Example
+from andesvl_jax.data.registry import TASKS, render
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.chat import Message, images_of, render_training
 from andesvl_jax.inputs.image import ImageProcessor, prepare_image
@@ -27,24 +27,30 @@ class Mixture:
     """Share of each task family or conversation file; those with weight 0 are left out."""
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    ramp: int = 0  # examples of a family over which its pictures fill up from one thing to many
     split: str = "train"
     seed: int = 0
     files: Mapping[str, str] = field(default_factory=dict)  # name of a source -> conversation file, see `data.conversations`
     image_root: str | None = None  # folder of the files' pictures; None: each file's own
 
     def __post_init__(self):
-        families = TASKS | EXERCISES
-        unknown = sorted(set(self.weights) - set(families) - set(self.files))
+        unknown = sorted(set(self.weights) - set(TASKS) - set(self.files))
         if unknown:
-            known = ", ".join((*families, *self.files))
-            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {known}.")
-        taken = sorted(set(self.files) & set(families))
+            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {', '.join((*TASKS, *self.files))}.")
+        taken = sorted(set(self.files) & set(TASKS))
         if taken:
             raise UserError(f"data.files names {taken[0]!r}, which is a task family; expected another name.")
         if not any(weight > 0 for weight in self.weights.values()):
             raise UserError(
                 f"data.weights is {dict(self.weights)}: the dataset is empty, expected a positive weight for some source."
             )
+
+
+def crowd_at(index: int, ramp: int) -> int:
+    """How many things a picture may hold: one in the first third of the ramp, then more step by step."""
+    if index >= ramp:
+        return MANY
+    return max(1, 1 + int((MANY - 1) * (3 * index - ramp) / (2 * ramp)))
 
 
 def examples(mixture: Mixture) -> grain.MapDataset:
@@ -55,7 +61,9 @@ def examples(mixture: Mixture) -> grain.MapDataset:
         if source in mixture.files:
             records = grain.MapDataset.source(Conversations(mixture.files[source], mixture.image_root))
             return records.shuffle(seed=mixture.seed).repeat()
-        return grain.MapDataset.range(1 << 40).map(lambda i: render(source, mixture.seed, int(i), mixture.split))
+        return grain.MapDataset.range(1 << 40).map(
+            lambda i: render(source, mixture.seed, int(i), mixture.split, crowd_at(int(i), mixture.ramp))
+        )
 
     return grain.MapDataset.mix([of(source) for source in weights], list(weights.values()))
 

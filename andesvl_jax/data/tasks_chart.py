@@ -32,7 +32,6 @@ SHORTEST_WORDINGS = (
     "Name the lowest bar.",
     "Which colour has the lowest value?",
 )
-TELL = ("Describe the chart.", "List the bars.", "Read the chart from left to right.", "What does the chart show?")
 WORDINGS = {"chart": VALUE_WORDINGS + TALLEST_WORDINGS + SHORTEST_WORDINGS}
 BARS = 4
 VALUES = tuple(range(10, 100, 10))
@@ -51,12 +50,14 @@ class Bar:
     value: int
 
 
-def draw_chart(rng: np.random.Generator) -> tuple[Bar, ...]:
-    """Four bars of different colours, from left to right."""
+def draw_chart(rng: np.random.Generator, most: int = BARS) -> tuple[Bar, ...]:
+    """Four bars of different colours; any smaller number of them in some of the places where `most` is below four."""
+    count = BARS if most >= BARS else int(rng.integers(1, most + 1))
     names = tuple(COLOURS)
-    colours = rng.permutation(len(names))[:BARS].tolist()
-    values = rng.integers(len(VALUES), size=BARS).tolist()
-    return tuple(Bar(p, names[colour], VALUES[value]) for p, (colour, value) in enumerate(zip(colours, values, strict=True)))
+    places = rng.permutation(BARS)[:count].tolist()
+    colours = rng.permutation(len(names))[:count].tolist()
+    values = rng.integers(len(VALUES), size=count).tolist()
+    return tuple(Bar(p, names[colour], VALUES[value]) for p, colour, value in zip(places, colours, values, strict=True))
 
 
 def describe(bars: tuple[Bar, ...]) -> str:
@@ -98,22 +99,10 @@ def turns_about(rng: np.random.Generator, bars: tuple[Bar, ...]) -> list[Turn]:
     return [turns[index] for index in order]
 
 
-def picture_of(rng: np.random.Generator, bars: tuple[Bar, ...]) -> np.ndarray:
-    """uint8 [H, W, 3] of a chart."""
+def render_chart(rng: np.random.Generator, split: str, crowd: int) -> Example:
+    """One bar chart and its questions."""
+    bars, content = draw_in_split(lambda rng: draw_chart(rng, crowd), describe, rng, split)
     width, height = picture_size(rng, SIZES)
     image = background(rng, width, height, neutral(rng))
     paint(rng, image, bars)
-    return pixels(image)
-
-
-def render_chart(rng: np.random.Generator, split: str) -> Example:
-    """One bar chart and its questions."""
-    bars, content = draw_in_split(draw_chart, describe, rng, split)
-    return Example((picture_of(rng, bars),), tuple(turns_about(rng, bars)), content)
-
-
-def tell_chart(rng: np.random.Generator, split: str) -> Example:
-    """One bar chart told bar by bar: "red 30, blue 50, ..."."""
-    bars, content = draw_in_split(draw_chart, describe, rng, split)
-    answer = ", ".join(f"{bar.colour} {bar.value}" for bar in bars)
-    return Example((picture_of(rng, bars),), (Turn("tell", pick(rng, TELL), answer),), content)
+    return Example((pixels(image),), tuple(turns_about(rng, bars)), content)

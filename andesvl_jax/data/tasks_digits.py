@@ -61,7 +61,7 @@ def enlarge(rng: np.random.Generator, digit: np.ndarray, size: int, move: bool) 
     return small.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
 
 
-def render_handwritten(rng: np.random.Generator, split: str) -> Example:
+def render_handwritten(rng: np.random.Generator, split: str, crowd: int) -> Example:
     """One handwritten digit to name."""
     first, last = (TRAINING, USABLE) if split == "validation" else (0, TRAINING)
     index = int(rng.integers(first, last))

@@ -49,7 +49,6 @@ WORDINGS = {
         "Show me where to tap to {purpose}.",
     ),
 }
-TELL = ("Describe the screen.", "List the widgets.", "Read the screen from top to bottom.", "What is on the screen?")
 PURPOSES = {
     "Save": ("keep my changes", "store this file"),
     "Send": ("post the message", "get this message out"),
@@ -105,12 +104,14 @@ class Theme:
 Paint = Callable[[np.random.Generator, Image.Image, Widget, Box, Theme], None]
 
 
-def draw_screen(rng: np.random.Generator) -> tuple[Widget, ...]:
-    """Four widgets with different labels, from top to bottom: a list of rows, or tiles two to a row."""
-    labels = [LABELS[index] for index in rng.permutation(len(LABELS))[:WIDGETS].tolist()]
+def draw_screen(rng: np.random.Generator, most: int = WIDGETS) -> tuple[Widget, ...]:
+    """Four widgets with different labels, a list of rows or tiles two to a row; fewer of them where `most` is below four."""
+    count = WIDGETS if most >= WIDGETS else int(rng.integers(1, most + 1))
+    labels = [LABELS[index] for index in rng.permutation(len(LABELS))[:count].tolist()]
+    places = rng.permutation(WIDGETS)[:count].tolist()
     if rng.random() < 0.35:
-        return tuple(Widget("tile", label, place // 2, place % 2) for place, label in enumerate(labels))
-    return tuple(Widget(pick(rng, kinds_of(label)), label, place) for place, label in enumerate(labels))
+        return tuple(Widget("tile", label, place // 2, place % 2) for label, place in zip(labels, places, strict=True))
+    return tuple(Widget(pick(rng, kinds_of(label)), label, place) for label, place in zip(labels, places, strict=True))
 
 
 def kinds_of(label: str) -> tuple[str, ...]:
@@ -257,8 +258,9 @@ def turns_about(rng: np.random.Generator, screen: tuple[Widget, ...], boxes: lis
     return [turns[index] for index in order[:QUESTIONS]]
 
 
-def picture_of(rng: np.random.Generator, screen: tuple[Widget, ...]) -> tuple[np.ndarray, list[str]]:
-    """uint8 [H, W, 3] of a screen below a title bar, and the box of each of its widgets."""
+def render_screen(rng: np.random.Generator, split: str, crowd: int) -> Example:
+    """One screen and its questions."""
+    screen, content = draw_in_split(lambda rng: draw_screen(rng, crowd), describe, rng, split)
     theme = draw_theme(rng)
     image = Image.new("RGB", (WIDTH, HEIGHT), theme.paper)
     title_height = int(rng.integers(20, TOKEN_SIDE))
@@ -267,18 +269,5 @@ def picture_of(rng: np.random.Generator, screen: tuple[Widget, ...]) -> tuple[np
     places = lay_out(rng, screen)
     for widget, box in zip(screen, places, strict=True):
         PAINT[widget.kind](rng, image, widget, box, theme)
-    return pixels(image), [box_text(box, WIDTH, HEIGHT) for box in places]
-
-
-def render_screen(rng: np.random.Generator, split: str) -> Example:
-    """One screen and its questions."""
-    screen, content = draw_in_split(draw_screen, describe, rng, split)
-    picture, boxes = picture_of(rng, screen)
-    return Example((picture,), tuple(turns_about(rng, screen, boxes)), content)
-
-
-def tell_screen(rng: np.random.Generator, split: str) -> Example:
-    """One screen told widget by widget: "Save, Mail, Lock, Wi-Fi"."""
-    screen, content = draw_in_split(draw_screen, describe, rng, split)
-    picture, _ = picture_of(rng, screen)
-    return Example((picture,), (Turn("tell", pick(rng, TELL), ", ".join(widget.label for widget in screen)),), content)
+    boxes = [box_text(box, WIDTH, HEIGHT) for box in places]
+    return Example((pixels(image),), tuple(turns_about(rng, screen, boxes)), content)

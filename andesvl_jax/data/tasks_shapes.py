@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes on a grid: how many there are, what colour one has, where it is, its box; or the whole told.
+"""Scenes of coloured shapes on a grid: how many there are, what colour one has, where it is, and its box.
 
 The content of a scene is the grid with the sorted list of (colour, shape, place); sizes, places inside a cell and the
 background are free. A cell is one visual token.
@@ -24,7 +24,7 @@ from andesvl_jax.data.drawing import (
     side,
     stamp,
 )
-from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
+from andesvl_jax.data.examples import MANY, Example, Turn, draw_in_split, pick
 
 WORDINGS = {
     "count": (
@@ -57,14 +57,11 @@ WORDINGS = {
         "Find the {colour} {shape} and give its box.",
     ),
 }
-TELL = ("Describe the picture.", "What is in the picture?", "Tell me what you see.", "What is where?", "Describe it row by row.")
 PLACES = {
     2: ("top left", "top right", "bottom left", "bottom right"),
     3: ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"),
 }  # by cells a side, row by row
-LARGEST_COUNT = 6
-FILLED = 0.85  # share of the cells of a described scene that hold a thing
-QUESTIONS = 4  # per scene
+LARGEST_COUNT = MANY
 SMALLEST, LARGEST = 15, 24  # pixels
 ANGLES = (-14, -7, 0, 7, 14)  # degrees
 
@@ -89,25 +86,15 @@ class Scene:
         return PLACES[self.cells][thing.cell]
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """1 to 6 things; few of them may stand on the smaller grid."""
-    count = int(rng.integers(1, LARGEST_COUNT + 1))
+def draw_scene(rng: np.random.Generator, crowd: int = LARGEST_COUNT) -> Scene:
+    """1 to `crowd` things; few of them may stand on the smaller grid."""
+    count = int(rng.integers(1, crowd + 1))
     cells = 2 if count <= 3 and rng.random() < 0.3 else 3
-    return Scene(cells, draw_things(rng, rng.permutation(cells * cells)[:count].tolist()))
-
-
-def draw_full_scene(rng: np.random.Generator) -> Scene:
-    """A thing in nearly every cell of either grid."""
-    cells = int(rng.integers(2, 4))
-    return Scene(cells, draw_things(rng, np.flatnonzero(rng.random(cells * cells) < FILLED).tolist()))
-
-
-def draw_things(rng: np.random.Generator, places: list[int]) -> tuple[Thing, ...]:
-    """A thing of any colour and shape in each of the places."""
-    colours = rng.integers(len(COLOURS), size=len(places)).tolist()
-    shapes = rng.integers(len(SHAPES), size=len(places)).tolist()
+    places = rng.permutation(cells * cells)[:count].tolist()
+    colours = rng.integers(len(COLOURS), size=count).tolist()
+    shapes = rng.integers(len(SHAPES), size=count).tolist()
     names = tuple(COLOURS)
-    return tuple(Thing(names[c], SHAPES[s], cell) for c, s, cell in zip(colours, shapes, places, strict=True))
+    return Scene(cells, tuple(Thing(names[c], SHAPES[s], cell) for c, s, cell in zip(colours, shapes, places, strict=True)))
 
 
 def describe(scene: Scene) -> str:
@@ -133,49 +120,30 @@ def ask(rng: np.random.Generator, task: str, answer: str, thing: Thing | None = 
     return Turn(task, pick(rng, WORDINGS[task]).format(**names), answer)
 
 
-def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str], tasks: tuple[str, ...]) -> list[Turn]:
-    """Up to four questions of `tasks`, each about a thing that its wording identifies; one of a task where several are asked."""
+def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str]) -> list[Turn]:
+    """Up to four questions, each about a thing that its wording identifies."""
     things = scene.things
+    turns = [ask(rng, "count", str(len(things)))]
     shapes = Counter(thing.shape for thing in things)
     kinds = Counter((thing.colour, thing.shape) for thing in things)
+    lone_shapes = [thing for thing in things if shapes[thing.shape] == 1]
     lone = [index for index, thing in enumerate(things) if kinds[thing.colour, thing.shape] == 1]
-    answers = {
-        "count": [(str(len(things)), None)],
-        "colour": [(thing.colour, thing) for thing in things if shapes[thing.shape] == 1],
-        "position": [(scene.place(things[index]), things[index]) for index in lone],
-        "box": [(boxes[index], things[index]) for index in lone],
-    }
-    turns = []
-    for task in tasks:
-        most = QUESTIONS if len(tasks) == 1 else 1
-        chosen = rng.permutation(len(answers[task]))[:most].tolist()
-        turns += [ask(rng, task, *answers[task][index]) for index in chosen]
+    if lone_shapes:
+        thing = pick(rng, lone_shapes)
+        turns.append(ask(rng, "colour", thing.colour, thing))
+    if lone:
+        thing = things[pick(rng, lone)]
+        turns.append(ask(rng, "position", scene.place(thing), thing))
+        index = pick(rng, lone)
+        turns.append(ask(rng, "box", boxes[index], things[index]))
     order = rng.permutation(len(turns)).tolist()
     return [turns[index] for index in order]
 
 
-def picture_of(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[str]]:
-    """uint8 [H, W, 3] of a scene, and the box of each of its things."""
+def render_shapes(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT) -> Example:
+    """One scene and its questions."""
+    scene, content = draw_in_split(lambda rng: draw_scene(rng, crowd), describe, rng, split)
     length = side(scene.cells)
     image = background(rng, length, length, neutral(rng))
     boxes = [box_text(paint(rng, scene.cells, thing, image), length, length) for thing in scene.things]
-    return pixels(image), boxes
-
-
-def render_shapes(rng: np.random.Generator, split: str, tasks: tuple[str, ...] = tuple(WORDINGS)) -> Example:
-    """One scene and questions about it, at least one."""
-    while True:
-        scene, content = draw_in_split(draw_scene, describe, rng, split)
-        picture, boxes = picture_of(rng, scene)
-        turns = turns_about(rng, scene, boxes, tasks)
-        if turns:
-            return Example((picture,), tuple(turns), content)
-
-
-def tell_shapes(rng: np.random.Generator, split: str) -> Example:
-    """A full scene told cell by cell, row by row: "red circle, nothing, blue star, ..."."""
-    scene, content = draw_in_split(draw_full_scene, describe, rng, split)
-    picture, _ = picture_of(rng, scene)
-    held = {thing.cell: f"{thing.colour} {thing.shape}" for thing in scene.things}
-    answer = ", ".join(held.get(cell, "nothing") for cell in range(scene.cells**2))
-    return Example((picture,), (Turn("tell", pick(rng, TELL), answer),), content)
+    return Example((pixels(image),), tuple(turns_about(rng, scene, boxes)), content)

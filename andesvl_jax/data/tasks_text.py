@@ -96,14 +96,14 @@ def text_picture(rng: np.random.Generator, text: str, font: str) -> np.ndarray:
     return pixels(image)
 
 
-def render_word(rng: np.random.Generator, split: str) -> Example:
+def render_word(rng: np.random.Generator, split: str, crowd: int) -> Example:
     """A word of 1 to 4 capitals to read."""
     (text, font), content = draw_in_split(draw_word, describe, rng, split)
     turn = Turn("word", pick(rng, WORDINGS["word"]), text)
     return Example((text_picture(rng, text, font),), (turn,), content)
 
 
-def render_number(rng: np.random.Generator, split: str) -> Example:
+def render_number(rng: np.random.Generator, split: str, crowd: int) -> Example:
     """A printed number of 1 to 4 digits to read."""
     (text, font), content = draw_in_split(draw_number, describe, rng, split)
     turn = Turn("number", pick(rng, WORDINGS["number"]), text)
