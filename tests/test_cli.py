@@ -185,7 +185,7 @@ def test_export_prints_files_and_checks_and_refuses_what_it_cannot_write(model, 
     assert main([*arguments, "stablehlo", "--json"]) == 0
     result = last_json(capsys)
     assert set(result) == {"files", "checks"} and result["checks"]
-    assert all(set(check) == {"max_abs_diff", "ok"} and check["ok"] for check in result["checks"].values())
+    assert all(set(check) >= {"max_abs_diff", "ok"} and check["ok"] for check in result["checks"].values()), result["checks"]
     assert all((tmp_path / "made" / name).stat().st_size == size for name, size in result["files"].items())
     assert_refused(main([*arguments, "stablehlo", "--quantize", "int8"]), capsys, "litert with int8")
 
