@@ -16,7 +16,7 @@ try:
     import torch
     import torch.nn.functional as F
     from torch import nn
-    from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel, Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 except ImportError as error:
     raise UserError(
         f"benchmarks compare with PyTorch ({error}): run `make bench`, or `pip install -e '.[peers]'` first."
@@ -105,6 +105,47 @@ def decode(step, last: torch.Tensor, cache: Cache, steps: int) -> tuple[list[int
 
 
 # ---- encoder
+
+
+def build_encoder(vision: VisionConfig, tensors: Mapping[str, torch.Tensor], pixels: int) -> Aimv2VisionModel:
+    """`transformers`' AIMv2 for pictures of pixels x pixels, SDPA attention; `tensors` are HF tensors of this project's layout.
+
+    Its position table belongs to one size: other sizes get this project's table, resized.
+    """
+    if vision.family != "aimv2":
+        raise UserError(f"vision is {vision.family!r}, expected 'aimv2', the only encoder that the PyTorch side has.")
+    config = Aimv2VisionConfig(
+        hidden_size=vision.hidden_size, intermediate_size=vision.intermediate_size, num_hidden_layers=vision.num_layers,
+        num_attention_heads=vision.num_heads, image_size=pixels, patch_size=vision.patch_size, rms_norm_eps=vision.norm_eps,
+        qkv_bias=vision.qkv_bias, mlp_bias=vision.use_bias, use_head=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    get = {name.removeprefix("vision_encoder."): x for name, x in tensors.items()}
+    root, side, n = "preprocessor.", vision.table_side, pixels // vision.patch_size
+    table = get[root + "pos_embed"].view(1, side, side, -1).permute(0, 3, 1, 2)
+    weights = {
+        "embeddings.patch_embed.weight": get[root + "patchifier.proj.weight"],
+        "embeddings.patch_embed.bias": get[root + "patchifier.proj.bias"],
+        "embeddings.rms_norm.weight": get[root + "patchifier.norm.weight"],
+        "embeddings.position_embedding.weight": F.interpolate(table, (n, n), mode="bicubic").flatten(2)[0].T.contiguous(),
+        "rms_norm.weight": get["trunk.post_trunk_norm.weight"],
+    }
+    names = {"attn.proj": "attention.out_proj", "mlp.fc1": "ffn.gate_proj", "mlp.fc3": "ffn.up_proj", "mlp.fc2": "ffn.down_proj"}
+    names |= {"norm_1": "rms_norm1", "norm_2": "rms_norm2"}
+    for i in range(vision.num_layers):
+        ours, theirs = f"trunk.blocks.{i}.", f"encoder.layers.{i}."
+        for here, there in names.items():
+            weights[f"{theirs}{there}.weight"] = get[f"{ours}{here}.weight"]
+        for part, x in zip("qkv", get[f"{ours}attn.qkv.weight"].chunk(3), strict=True):
+            weights[f"{theirs}attention.{part}_proj.weight"] = x
+    model = Aimv2VisionModel(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+@torch.inference_mode()
+def encode(model: Aimv2VisionModel, pictures: np.ndarray) -> torch.Tensor:
+    """float32 [B, 3, H, W] -> [B, P, C], patches in raster order."""
+    return model(torch.from_numpy(pictures)).last_hidden_state
 
 
 class Block(nn.Module):

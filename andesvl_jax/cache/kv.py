@@ -16,7 +16,7 @@ class Cache:
 
     keys, values: [L, B, K, C, H], keys already rotated; positions: int32 [L, B, K, C], -1 = empty;
     length: int32 [B], the position of each row's next token; cursor: int32 [], the next slot that is written.
-    streamed: few queries read it through the compiled kernel, on CPU; only the decoding loop's cache does, for it has no gradient.
+    streamed: few queries read it through the compiled CPU kernel, which has no gradient: only the decoding loop sets it.
     """
 
     keys: jax.Array

@@ -69,9 +69,13 @@ def _chunked(q, k, v, queries: Place, keys: Place, causal: bool, chunk: int) -> 
         x = x.reshape(*x.shape[:axis], heads // together, together, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    grouped = split_heads(split_queries(q.reshape(b, t, heads, n // heads, h)), 3)  # [K / together, blocks, B, chunk, together, G, H]
+    grouped = split_heads(
+        split_queries(q.reshape(b, t, heads, n // heads, h)), 3
+    )  # [K / together, blocks, B, chunk, together, G, H]
     of_head = keys.positions.ndim == 3
-    places = Place(split_queries(queries.positions, -1), None if queries.segments is None else split_queries(queries.segments, -1))
+    places = Place(
+        split_queries(queries.positions, -1), None if queries.segments is None else split_queries(queries.segments, -1)
+    )
 
     def head(xs):
         q, k, v, positions = xs

@@ -7,8 +7,8 @@ from andesvl_jax.weights.quantized import FakeQuantized, Packed, pack_leaves, qu
 from andesvl_jax.weights.streamed import Streamed, stream_matrix, stream_table
 
 __all__ = [
-    "ALL_MATRICES", "DECODER_MATRICES", "FakeQuantized", "Leaf", "LoRA", "Packed", "Param", "Streamed", "abstract", "add_lora", "count",
-    "dense", "dot", "embed", "initialize", "is_leaf", "is_param", "map_leaves", "merge_lora", "pack_leaves", "path_name",
-    "quantize", "quantize_leaves", "simulate_leaves", "stack_adapters", "stream_matrix", "stream_table",
-    "unembed",
+    "ALL_MATRICES", "DECODER_MATRICES", "FakeQuantized", "Leaf", "LoRA", "Packed", "Param", "Streamed", "abstract", "add_lora",
+    "count", "dense", "dot", "embed", "initialize", "is_leaf", "is_param", "map_leaves", "merge_lora", "pack_leaves", "path_name",
+    "quantize", "quantize_leaves", "simulate_leaves", "stack_adapters", "stream_matrix",
+    "stream_table", "unembed",
 ]  # fmt: skip

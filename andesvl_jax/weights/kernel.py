@@ -50,11 +50,14 @@ def few_queries(q, keys, values, slots, positions, layer) -> jax.Array:
     """Causal attention of float32 q [B, T, N, H] at int32 positions [B, T] over one layer, int32 [], of a cache.
 
     Args:
-      keys, values: float32 or bfloat16 [L, B, K, C, H], H a multiple of WIDTH; slots: their positions int32 [L, B, K, C], -1 = empty.
+      keys, values: float32 or bfloat16 [L, B, K, C, H], H a multiple of WIDTH; slots: their positions, int32 [L, B, K, C],
+        -1 = empty.
     Returns:
       float32 [B, T, N, H]; 0 for a query that sees no slot.
     """
-    return jax.ffi.ffi_call("andesvl_few_queries", jax.ShapeDtypeStruct(q.shape, q.dtype))(q, keys, values, slots, positions, layer)
+    return jax.ffi.ffi_call("andesvl_few_queries", jax.ShapeDtypeStruct(q.shape, q.dtype))(
+        q, keys, values, slots, positions, layer
+    )
 
 
 def _built() -> Path:
@@ -99,3 +102,7 @@ def _run(command: list[str]) -> str:
         raise OSError(f"{command[0]}: {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{command[0]} did not end in {BUILD_LIMIT_S} s") from error
+
+
+if __name__ == "__main__":  # at installation, so that the first question does not wait for the compiler
+    print(f"compiled kernel: {'ready' if available() else 'not available'}")

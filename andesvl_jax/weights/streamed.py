@@ -20,7 +20,7 @@ FEW_ROWS = 16  # beyond, XLA's matrix product is faster: it reads the weights no
 @leaf_kind
 @struct.dataclass
 class Streamed:
-    """rows: [o, i], the transpose of a matrix [i, o], so that each output is one run through memory; or a table [E, D] as it is."""
+    """rows: [o, i], a matrix [i, o] transposed, so that each output is one run through memory; or a table [E, D] as it is."""
 
     rows: jax.Array
     table: bool = struct.field(pytree_node=False)
