@@ -24,7 +24,6 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kPartBytes = 1 << 18;  // of weights: long beside waking a thread, short beside a whole matrix
-constexpr int64_t kBlock = 4;  // outputs computed together
 
 // Sixteen numbers at a time, in the vector types of GCC and Clang: one 512-bit register, or as many narrower ones as it takes.
 constexpr int64_t kWide = 16;
@@ -71,31 +70,38 @@ inline float sum(Floats v) {
 
 struct Shape { int64_t rows, in, out; };
 
-// y[r, o] = sum_i x[r, i] * w[o, i] for R rows and O outputs, whose partial sums stay in registers.
-template <int R, int O, typename T>
-void tile(const T* w, const float* x, float* y, Shape s) {
-  Floats sums[R][O] = {};
-  const auto step = [&](int64_t i, auto... count) {
-    Floats v[O];
-    for (int o = 0; o < O; ++o) v[o] = wide(w + o * s.in + i, count...);
-    for (int r = 0; r < R; ++r) {
-      const Floats u = wide(x + r * s.in + i, count...);
-      for (int o = 0; o < O; ++o) sums[r][o] += u * v[o];
-    }
-  };
+// y[r] = sum_i x[r, i] * w[i] for R rows. One w at a time: its numbers are one run through memory, which the processor's
+// prefetching follows at full speed; several at once ran at half of it.
+template <int R, typename T>
+void dot(const T* w, const float* x, float* y, Shape s) {
+  constexpr int kSums = 2;  // per row, because one sum would wait for itself
+  Floats sums[R][kSums] = {};
   int64_t i = 0;
-  for (; i + kWide <= s.in; i += kWide) step(i);
-  if (i < s.in) step(i, s.in - i);
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) y[r * s.out + o] = sum(sums[r][o]);
+  for (; i + kSums * kWide <= s.in; i += kSums * kWide)
+    for (int k = 0; k < kSums; ++k) {
+      const Floats v = wide(w + i + k * kWide);
+      for (int r = 0; r < R; ++r) sums[r][k] += v * wide(x + r * s.in + i + k * kWide);
+    }
+  for (; i < s.in; i += kWide) {
+    const int64_t count = std::min(kWide, s.in - i);
+    const Floats v = wide(w + i, count);
+    for (int r = 0; r < R; ++r) sums[r][0] += v * wide(x + r * s.in + i, count);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int k = 1; k < kSums; ++k) sums[r][0] += sums[r][k];
+    y[r * s.out] = sum(sums[r][0]);
+  }
 }
 
-template <int O, typename T>
-void outputs(const T* w, const float* x, float* y, Shape s) {
-  int64_t r = 0;
-  for (; r + 4 <= s.rows; r += 4) tile<4, O>(w, x + r * s.in, y + r * s.out, s);
-  for (; r + 2 <= s.rows; r += 2) tile<2, O>(w, x + r * s.in, y + r * s.out, s);
-  for (; r < s.rows; ++r) tile<1, O>(w, x + r * s.in, y + r * s.out, s);
+// y[r, o] = sum_i x[r, i] * w[o, i] for o in first..last; w[o] stays in cache while the rows pass over it.
+template <typename T>
+void dots(const T* w, const float* x, float* y, Shape s, int64_t first, int64_t last) {
+  for (int64_t o = first; o < last; ++o) {
+    const T* from = w + o * s.in;
+    int64_t r = 0;
+    for (; r + 4 <= s.rows; r += 4) dot<4>(from, x + r * s.in, y + r * s.out + o, s);
+    for (; r < s.rows; ++r) dot<1>(from, x + r * s.in, y + r * s.out + o, s);
+  }
 }
 
 // Calls part(p) for p in 0..parts on this thread and on those of XLA's pool that are free. This thread never waits for a
@@ -120,14 +126,8 @@ void in_parts(ffi::ThreadPool& pool, int64_t parts, const Part& part) {
 
 template <typename T>
 void product(ffi::ThreadPool& pool, const T* w, const float* x, float* y, Shape s) {
-  const int64_t blocks = s.out / kBlock;  // and a few single outputs behind them
-  const int64_t parts = std::clamp<int64_t>(s.in * s.out * int64_t{sizeof(T)} / kPartBytes, 1, std::max<int64_t>(blocks, 1));
-  in_parts(pool, parts, [&](int64_t p) {
-    for (int64_t k = blocks * p / parts; k < blocks * (p + 1) / parts; ++k)
-      outputs<kBlock>(w + k * kBlock * s.in, x, y + k * kBlock, s);
-    if (p + 1 == parts)
-      for (int64_t o = blocks * kBlock; o < s.out; ++o) outputs<1>(w + o * s.in, x, y + o, s);
-  });
+  const int64_t parts = std::clamp<int64_t>(s.in * s.out * int64_t{sizeof(T)} / kPartBytes, 1, std::max<int64_t>(s.out, 1));
+  in_parts(pool, parts, [&](int64_t p) { dots(w, x, y, s, s.out * p / parts, s.out * (p + 1) / parts); });
 }
 
 // e^x in single precision, and 0 where that would be subnormal: 2^n times the series of e^r with |r| <= ln(2) / 2.
@@ -170,10 +170,7 @@ void attend_head(const float* q, const T* keys, const T* values, const int32_t* 
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < h.width; ++k) queries[r * h.width + k] = q[place(r) + k] * scale;
 
-  const Shape s{rows, h.width, stride};
-  int64_t c = 0;
-  for (; c + kBlock <= used; c += kBlock) outputs<kBlock>(keys + c * h.width, queries, weights + c, s);
-  for (; c < used; ++c) outputs<1>(keys + c * h.width, queries, weights + c, s);
+  dots(keys, queries, weights, Shape{rows, h.width, stride}, 0, used);
 
   for (int64_t r = 0; r < rows; ++r) {
     float *w = weights + r * stride, most = -INFINITY;
@@ -235,6 +232,24 @@ ffi::Error few_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffe
   return ffi::Error::InvalidArgument("few_rows: weights must be float32 or bfloat16");
 }
 
+// y[n, :] = table[ids[n], :]; ids beyond the table take its first or last row.
+ffi::Error rows_of(ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi::BF16> table, ffi::ResultBuffer<ffi::F32> y) {
+  const auto ts = table.dimensions(), ys = y->dimensions();
+  if (ts.size() != 2 || ys.size() != 2 || ts[0] < 1 || ts[1] != ys[1] || int64_t(ids.element_count()) != ys[0])
+    return ffi::Error::InvalidArgument("rows_of: shapes do not fit, expected ids [n], table [e, d], y [n, d]");
+  const auto* from = static_cast<const BFloat16*>(table.untyped_data());
+  for (int64_t n = 0; n < ys[0]; ++n) {
+    const BFloat16* row = from + std::clamp<int64_t>(ids.typed_data()[n], 0, ts[0] - 1) * ts[1];
+    float* to = y->typed_data() + n * ts[1];
+    for (int64_t k = 0; k < ts[1]; k += kWide) {
+      const int64_t count = std::min(kWide, ts[1] - k);
+      const Floats v = wide(row + k, count);
+      std::memcpy(to + k, &v, count * sizeof(float));
+    }
+  }
+  return ffi::Error::Success();
+}
+
 // One layer of a cache: keys and values [L, B, K, C, H], the positions of their slots [L, B, K, C]; q, y [B, T, N, H], at [B, T].
 ffi::Error few_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                        ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> at, ffi::Buffer<ffi::S32> layer,
@@ -270,3 +285,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     AndesvlFewQueries, few_queries,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
         .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    AndesvlRowsOf, rows_of,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::BF16>>().Ret<ffi::Buffer<ffi::F32>>());

@@ -18,7 +18,11 @@ import jax
 import jaxlib
 
 SOURCE = Path(__file__).with_name("kernel.cc")
-TARGETS = {"andesvl_few_rows": "AndesvlFewRows", "andesvl_few_queries": "AndesvlFewQueries"}
+TARGETS = {
+    "andesvl_few_rows": "AndesvlFewRows",
+    "andesvl_few_queries": "AndesvlFewQueries",
+    "andesvl_rows_of": "AndesvlRowsOf",
+}
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 BUILD_LIMIT_S = 120
 WIDTH = 16  # numbers that the kernel takes at a time
@@ -44,6 +48,12 @@ def available() -> bool:
 def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     """float32 [r, i] times the transpose of float32 or bfloat16 [o, i] -> float32 [r, o]."""
     return jax.ffi.ffi_call("andesvl_few_rows", jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), x.dtype))(x, w)
+
+
+def rows_of(ids: jax.Array, table: jax.Array) -> jax.Array:
+    """Rows of a bfloat16 table [E, D] at int32 ids [n], clipped to 0..E-1 -> float32 [n, D]."""
+    out = jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), jax.numpy.finfo("float32").dtype)
+    return jax.ffi.ffi_call("andesvl_rows_of", out)(ids, table)
 
 
 def few_queries(q, keys, values, slots, positions, layer) -> jax.Array:
@@ -102,7 +112,3 @@ def _run(command: list[str]) -> str:
         raise OSError(f"{command[0]}: {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{command[0]} did not end in {BUILD_LIMIT_S} s") from error
-
-
-if __name__ == "__main__":  # at installation, so that the first question does not wait for the compiler
-    print(f"compiled kernel: {'ready' if available() else 'not available'}")

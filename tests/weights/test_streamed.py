@@ -48,13 +48,15 @@ def test_a_row_of_few_is_the_row_alone_bit_for_bit():
         np.testing.assert_array_equal(dot(x[row : row + 1], w)[0], together[row])
 
 
-def test_leaves_stand_for_their_matrices():
+def test_leaves_stand_for_their_matrices(way):
     rng = np.random.default_rng(2)
     matrix, table = jnp.asarray(rng.normal(size=(12, 20)), jnp.float32), jnp.asarray(rng.normal(size=(20, 12)), jnp.float32)
     np.testing.assert_array_equal(dense(stream_matrix(matrix)), matrix)
     np.testing.assert_array_equal(dense(stream_table(table)), table)
     ids = jnp.array([3, 3, 19])
     np.testing.assert_array_equal(embed(ids, stream_table(table), "float32"), table[ids])
+    half = table.astype("bfloat16")
+    np.testing.assert_array_equal(embed(ids[None], stream_table(half), "float32"), half[ids][None].astype("float32"))
     assert stream_matrix(matrix, "bfloat16").rows.dtype == jnp.bfloat16
     bf16 = dot(jnp.ones((1, 12), jnp.bfloat16), stream_matrix(matrix))
     assert bf16.dtype == jnp.bfloat16 and unembed(jnp.ones((1, 12), jnp.bfloat16), stream_table(table)).dtype == jnp.float32
