@@ -142,8 +142,15 @@ def _our_side(params: AndesVL, config: AndesVLConfig, tokens, steps: int, answer
 
 
 def _their_side(peer, model, step, slots: int | None, tokens, steps: int, answers: dict, key) -> Callable[[], float]:
+    prompt_last, growing = peer.prefill(model, tokens)
+
     def side() -> float:
-        last, cache = peer.prefill(model, tokens, slots)
+        if slots is None:  # a cache that grows can be cut back to the prompt; one of fixed size is filled anew
+            last, cache = prompt_last, growing
+            if made := cache.get_seq_length() - tokens.size:
+                cache.crop(-made)
+        else:
+            last, cache = peer.prefill(model, tokens, slots)
         first, last = peer.decode(step, last, cache, steps)
         began = time.perf_counter()
         second, _ = peer.decode(step, last, cache, steps)

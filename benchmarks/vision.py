@@ -1,6 +1,6 @@
 """The AIMv2-L encoder beside `transformers` Aimv2VisionModel on CPU, float32: one square picture at a time.
 
-Run: `python benchmarks/vision.py --config andesvl-0.6b`; `--quick` takes the position table's size and half of it.
+Run: `python benchmarks/vision.py --config andesvl-1b`; `--quick` takes the position table's size and half of it.
 P patches.
 """
 
@@ -28,7 +28,7 @@ from andesvl_jax.weights import is_param, path_name
 PIXELS = ((448, 3), (1008, 3), (1792, 1))  # side of the picture, runs of each side
 
 
-def run(config_name: str = "andesvl-0.6b", quick: bool = False) -> dict[str, Any]:
+def run(config_name: str = "andesvl-1b", quick: bool = False) -> dict[str, Any]:
     """Times one picture of each size on both sides in turns and returns {"name", "rows"}.
 
     Raises:
@@ -108,4 +108,4 @@ def _speed_rows(peer, params: AndesVL, config: AndesVLConfig, tensors, pixels: i
 
 
 if __name__ == "__main__":
-    sys.exit(timing.main(run, "andesvl-0.6b", __doc__.splitlines()[0]))
+    sys.exit(timing.main(run, "andesvl-1b", __doc__.splitlines()[0]))
