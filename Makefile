@@ -25,6 +25,7 @@ test-all: .venv/.installed
 bench: .venv/.peers
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/vision.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -44,6 +45,7 @@ clean:
 
 .venv/.installed: .venv/pyvenv.cfg requirements.txt constraints.txt pyproject.toml
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e .
+	$(BIN)/python -c 'from andesvl_jax.weights import kernel; kernel.available()'  # built once, where there is a C++ compiler
 	touch $@
 
 .venv/.peers: .venv/.installed

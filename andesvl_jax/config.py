@@ -80,7 +80,7 @@ class AndesVLConfig:
     image_token_id: int | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
-    attention: Literal["einsum", "chunked"] = "einsum"
+    attention: Literal["einsum", "chunked"] = "chunked"  # all scores at once, or those of a block of queries
     attention_chunk: int = 256  # queries per block of the chunked backend
     remat: Literal["none", "layer", "dots"] = "none"  # what the backward pass recomputes: nothing, whole layers, all but matmuls
 

@@ -16,7 +16,7 @@ try:
     import torch
     import torch.nn.functional as F
     from torch import nn
-    from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel, Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 except ImportError as error:
     raise UserError(
         f"benchmarks compare with PyTorch ({error}): run `make bench`, or `pip install -e '.[peers]'` first."
@@ -25,9 +25,34 @@ except ImportError as error:
 DECODER = "language_model."  # prefix of the decoder's tensors among the HF names
 
 
-def _as_torch(text: TextConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights by HF name that keep activations in range: vectors near 1, matrices N(0, 1 / fan_in), tables N(0, 0.05^2).
+
+    Numbers repeat with a prime period: drawing each of a billion would take longer than the benchmark.
+    """
+    pool = torch.randn(4_194_301, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensors, at = {}, 0
+    for name, shape in shapes.items():
+        x = torch.empty(shape, dtype=dtype)
+        flat = x.view(-1)
+        for start in range(0, flat.numel(), len(pool)):
+            stop = min(start + len(pool), flat.numel())
+            first = min(len(pool) - at, stop - start)
+            flat[start : start + first] = pool[at : at + first]
+            flat[start + first : stop] = pool[: stop - start - first]
+            at = (at + stop - start) % len(pool)
+        is_table = "embed" in name or "lm_head" in name
+        tensors[name] = x.mul_(0.1).add_(1) if x.ndim == 1 else x.mul_(0.05 if is_table else x[0].numel() ** -0.5)
+    return tensors
+
+
+def _as_torch(text: TextConfig, tensors: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
     """HF tensors with the tied head added; arrays that are views of this project's parameters are copied."""
-    ours = {name: torch.from_numpy(x if x.flags.writeable else x.copy()) for name, x in tensors.items()}
+
+    def convert(x: np.ndarray | torch.Tensor) -> torch.Tensor:
+        return x if isinstance(x, torch.Tensor) else torch.from_numpy(x if x.flags.writeable else x.copy())
+
+    ours = {name: convert(x) for name, x in tensors.items()}
     if text.tie_word_embeddings:
         ours[f"{DECODER}lm_head.weight"] = ours[f"{DECODER}model.embed_tokens.weight"]
     return ours
@@ -36,8 +61,9 @@ def _as_torch(text: TextConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, 
 # ---- decoder
 
 
-def build_decoder(text: TextConfig, tensors: Mapping[str, np.ndarray]) -> Qwen3ForCausalLM:
-    """Qwen3 in evaluation mode, SDPA attention; `tensors` are HF tensors by name with the prefix `language_model.`."""
+def build_decoder(text: TextConfig, tensors: Mapping[str, np.ndarray | torch.Tensor]) -> Qwen3ForCausalLM:
+    """Qwen3 in evaluation mode, SDPA attention; `tensors` are HF tensors by name with the prefix `language_model.`, kept as they
+    are, in their type."""
     config = Qwen3Config(
         vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.intermediate_size,
         num_hidden_layers=text.num_layers, num_attention_heads=text.num_heads, num_key_value_heads=text.num_kv_heads,
@@ -47,7 +73,9 @@ def build_decoder(text: TextConfig, tensors: Mapping[str, np.ndarray]) -> Qwen3F
     )  # fmt: skip
     if not text.qk_norm:
         raise UserError("config field text.qk_norm: found False, expected True; the PyTorch side is Qwen3.")
-    model = Qwen3ForCausalLM(config)
+    with torch.device("meta"):  # nothing to draw: every weight is assigned below
+        model = Qwen3ForCausalLM(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # but for these frequencies, which are no weights
     ours = _as_torch(text, {name: x for name, x in tensors.items() if name.startswith(DECODER)})
     model.load_state_dict({name.removeprefix(DECODER): x for name, x in ours.items()}, strict=True, assign=True)
     model.tie_weights()
@@ -55,25 +83,69 @@ def build_decoder(text: TextConfig, tensors: Mapping[str, np.ndarray]) -> Qwen3F
 
 
 @torch.inference_mode()
-def prefill(model: Qwen3ForCausalLM, tokens: np.ndarray) -> tuple[torch.Tensor, DynamicCache]:
-    """Prompt int32 [B, T] -> logits after its last token [B, V], cache."""
-    cache = DynamicCache(config=model.config)
+def prefill(model: Qwen3ForCausalLM, tokens: np.ndarray, slots: int | None = None) -> tuple[torch.Tensor, Cache]:
+    """Prompt int32 [B, T] -> logits after its last token [B, V], cache: one that grows, or one of `slots` slots."""
+    cache = DynamicCache(config=model.config) if slots is None else StaticCache(config=model.config, max_cache_len=slots)
     out = model(input_ids=torch.from_numpy(tokens).long(), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], cache
 
 
 @torch.inference_mode()
-def decode(model: Qwen3ForCausalLM, last: torch.Tensor, cache: DynamicCache, steps: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy decoding of one row for `steps` tokens: the tokens, and the logits [1, V] of the next one."""
+def decode(step, last: torch.Tensor, cache: Cache, steps: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy decoding of one row for `steps` tokens: the tokens, and the logits [1, V] of the next one.
+
+    step: the model, or its compiled forward (`torch.compile`), which wants a cache of fixed size.
+    """
     tokens = []
     for _ in range(steps):
         token = last.argmax(-1, keepdim=True)
         tokens.append(int(token))
-        last = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+        last = step(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
     return tokens, last
 
 
 # ---- encoder
+
+
+def build_encoder(vision: VisionConfig, tensors: Mapping[str, torch.Tensor], pixels: int) -> Aimv2VisionModel:
+    """`transformers`' AIMv2 for pictures of pixels x pixels, SDPA attention; `tensors` are HF tensors of this project's layout.
+
+    Its position table belongs to one size: other sizes get this project's table, resized.
+    """
+    if vision.family != "aimv2":
+        raise UserError(f"vision is {vision.family!r}, expected 'aimv2', the only encoder that the PyTorch side has.")
+    config = Aimv2VisionConfig(
+        hidden_size=vision.hidden_size, intermediate_size=vision.intermediate_size, num_hidden_layers=vision.num_layers,
+        num_attention_heads=vision.num_heads, image_size=pixels, patch_size=vision.patch_size, rms_norm_eps=vision.norm_eps,
+        qkv_bias=vision.qkv_bias, mlp_bias=vision.use_bias, use_head=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    get = {name.removeprefix("vision_encoder."): x for name, x in tensors.items()}
+    root, side, n = "preprocessor.", vision.table_side, pixels // vision.patch_size
+    table = get[root + "pos_embed"].view(1, side, side, -1).permute(0, 3, 1, 2)
+    weights = {
+        "embeddings.patch_embed.weight": get[root + "patchifier.proj.weight"],
+        "embeddings.patch_embed.bias": get[root + "patchifier.proj.bias"],
+        "embeddings.rms_norm.weight": get[root + "patchifier.norm.weight"],
+        "embeddings.position_embedding.weight": F.interpolate(table, (n, n), mode="bicubic").flatten(2)[0].T.contiguous(),
+        "rms_norm.weight": get["trunk.post_trunk_norm.weight"],
+    }
+    names = {"attn.proj": "attention.out_proj", "mlp.fc1": "ffn.gate_proj", "mlp.fc3": "ffn.up_proj", "mlp.fc2": "ffn.down_proj"}
+    names |= {"norm_1": "rms_norm1", "norm_2": "rms_norm2"}
+    for i in range(vision.num_layers):
+        ours, theirs = f"trunk.blocks.{i}.", f"encoder.layers.{i}."
+        for here, there in names.items():
+            weights[f"{theirs}{there}.weight"] = get[f"{ours}{here}.weight"]
+        for part, x in zip("qkv", get[f"{ours}attn.qkv.weight"].chunk(3), strict=True):
+            weights[f"{theirs}attention.{part}_proj.weight"] = x
+    model = Aimv2VisionModel(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+@torch.inference_mode()
+def encode(model: Aimv2VisionModel, pictures: np.ndarray) -> torch.Tensor:
+    """float32 [B, 3, H, W] -> [B, P, C], patches in raster order."""
+    return model(torch.from_numpy(pictures)).last_hidden_state
 
 
 class Block(nn.Module):

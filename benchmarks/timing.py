@@ -31,26 +31,27 @@ def seconds(fn: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def in_turns(timed: Callable[[], float], peer: Callable[[], float], runs: int) -> tuple[float, float]:
+def in_turns(*sides: Callable[[], float], runs: int) -> tuple[float, ...]:
     """Medians in seconds of `runs` timings of each side, taken A B A B. Each function returns the seconds that count."""
-    found, other = [], []
+    times: list[list[float]] = [[] for _ in sides]
     for _ in range(runs):
-        for side, times in ((timed, found), (peer, other)):
+        for side, found in zip(sides, times, strict=True):
             time.sleep(REST_S)
-            times.append(side())
-    return statistics.median(found), statistics.median(other)
+            found.append(side())
+    return tuple(statistics.median(found) for found in times)
 
 
 def read_bandwidth(gibibytes: float = 1.0, runs: int = 5) -> float:
-    """Bytes per second at which all cores together read main memory: the best of `runs` sums of a float32 array."""
+    """Bytes per second at which all cores together read main memory: the best of `runs` sums, and of `runs` inner products of
+    BLAS, over float32 arrays of this size together."""
     x = np.ones(int(gibibytes * 2**30) // 4, np.float32)
     parts = np.array_split(x, cores())
-
-    def total() -> None:
-        list(pool.map(np.sum, parts))
+    halves = [np.array_split(part, 2) for part in parts if len(part) % 2 == 0]
 
     with ThreadPoolExecutor(len(parts)) as pool:
-        return x.nbytes / min(seconds(total) for _ in range(runs))
+        sums = min(seconds(lambda: list(pool.map(np.sum, parts))) for _ in range(runs))
+        products = min(seconds(lambda: list(pool.map(lambda pair: np.dot(*pair), halves))) for _ in range(runs))
+    return x.nbytes / min(sums, products)
 
 
 def share_of_cores(wall_s: float = 1.0) -> float:

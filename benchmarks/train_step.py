@@ -64,7 +64,7 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
         ours()  # the first call compiles
         theirs()
     share = timing.share_of_cores()
-    a, b = timing.in_turns(lambda: timing.seconds(ours), lambda: timing.seconds(theirs), runs)
+    a, b = timing.in_turns(lambda: timing.seconds(ours), lambda: timing.seconds(theirs), runs=runs)
     compared = [(step, losses[step - 1], peer_losses[step - 1]) for step in (1, AGREEING_STEPS)]
     tokens = int(np.count_nonzero(batch.segments >= 0))
     patches = int(np.count_nonzero(batch.images.segments >= 0))

@@ -16,6 +16,7 @@ class Cache:
 
     keys, values: [L, B, K, C, H], keys already rotated; positions: int32 [L, B, K, C], -1 = empty;
     length: int32 [B], the position of each row's next token; cursor: int32 [], the next slot that is written.
+    streamed: few queries read it through the compiled CPU kernel, which has no gradient: only the decoding loop sets it.
     """
 
     keys: jax.Array
@@ -23,6 +24,7 @@ class Cache:
     positions: jax.Array
     length: jax.Array
     cursor: jax.Array
+    streamed: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def slots(self) -> int:

@@ -20,6 +20,7 @@ from andesvl_jax.inputs.packing import Batch, bucket
 from andesvl_jax.model.andesvl import AndesVL, embed_inputs, encode_images
 from andesvl_jax.model.attention import Place
 from andesvl_jax.model.decoder import decode, embed_tokens, logits
+from andesvl_jax.weights import kernel
 
 
 @struct.dataclass
@@ -103,7 +104,8 @@ def _start(last, cache: Cache, tokens, positions, new_tokens: int) -> DecodingSt
     zeros = jnp.zeros(rows, jnp.int32)
     return DecodingState(
         step=jnp.zeros((), jnp.int32), tokens=jnp.zeros((rows, new_tokens), jnp.int32), counts=zeros, done=zeros > 0,
-        last=last, in_prompt=seen, in_answer=jnp.zeros_like(seen), cache=grow(cache, new_tokens),
+        last=last, in_prompt=seen, in_answer=jnp.zeros_like(seen),
+        cache=grow(cache, new_tokens).replace(streamed=jax.default_backend() == "cpu" and kernel.available()),
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def stages(params: AndesVL, config: AndesVLConfig, shapes: ExportShapes) -> list
     if shapes.slots > config.text.max_position_embeddings:
         limit = config.text.max_position_embeddings
         raise UserError(f"export shapes: slots is {shapes.slots}, expected at most {limit} (max_position_embeddings).")
-    config = config.replace(remat="none")
+    config = config.replace(remat="none", attention="einsum")  # no loops for the converters
     params = unstack_layers(params)
     seeing = params.replace(decoder=None)
     speaking = params.replace(vision=None, projector=None)

@@ -3,6 +3,8 @@
 B batch rows, T tokens, P patches, D decoder width, V vocabulary. All functions are pure: (params, config, ...) -> values.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -14,6 +16,7 @@ from andesvl_jax.model.attention import Place
 from andesvl_jax.model.decoder import Decoder, describe_decoder, embed_tokens
 from andesvl_jax.model.projector import Projector, describe_projector, project
 from andesvl_jax.model.vision import Vision, describe_vision, embed_patches, encode
+from andesvl_jax.weights import is_leaf, stream_matrix, stream_table
 
 
 @struct.dataclass
@@ -74,6 +77,18 @@ def unstack_layers(params: AndesVL) -> AndesVL:
     )
 
 
-def for_decoding(params: AndesVL) -> AndesVL:
-    """The layout that decodes fastest here: unrolled on CPU, where a scan would copy each layer's weights; stacked elsewhere."""
-    return unstack_layers(params) if jax.default_backend() == "cpu" else params
+def for_decoding(params: AndesVL, dtype: str | None = None) -> AndesVL:
+    """The representation that decodes fastest here: on CPU the layers unrolled (a scan would copy each one's weights) and the
+    decoder's matrices and tables `Streamed`, held in `dtype` (None: as they are); elsewhere the parameters as they are."""
+    if jax.default_backend() != "cpu":
+        return params
+    params = unstack_layers(params)
+    decoder = params.decoder
+    matrix = functools.partial(stream_matrix, dtype=dtype)
+    return params.replace(
+        decoder=decoder.replace(
+            embedding=stream_table(decoder.embedding, dtype),
+            layers=jax.tree.map(matrix, decoder.layers, is_leaf=is_leaf),
+            head=stream_table(decoder.head, dtype),
+        )
+    )

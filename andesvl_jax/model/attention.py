@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from andesvl_jax.cache.kv import Cache
+from andesvl_jax.weights import kernel
+
+FEW_QUERIES = 16  # of a row: what the compiled kernel is for
 MASKED = -1e30  # finite, so that a padding query (nothing visible) yields a mean of values, not NaN
 
 
@@ -37,7 +41,7 @@ def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chu
 
     Args:
       q: [B, T, N, H]; k, v: [B, K, S, H]; queries, keys: where each stands.
-      backend: "einsum" holds all T x S scores; "chunked" holds `chunk` x S at a time, also in the backward pass.
+      backend: "einsum" holds all T x S scores; "chunked" holds those of `chunk` queries at a time, also in the backward pass.
     Returns:
       [B, T, N, H] in q's dtype. Scores and softmax are float32.
     Raises:
@@ -47,18 +51,50 @@ def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chu
         raise ValueError(f"attention backend is {backend!r}, expected 'einsum' or 'chunked'")
     if backend == "einsum" or q.shape[1] <= chunk:
         return _einsum(q, k, v, queries, keys, causal)
-    t = q.shape[1]
+    return _chunked(q, k, v, queries, keys, causal, chunk)
+
+
+def _chunked(q, k, v, queries: Place, keys: Place, causal: bool, chunk: int) -> jax.Array:
+    """Blocks of `chunk` queries, one after the other; on CPU also one kv head after the other, so that scores stay in cache."""
+    b, t, n, h = q.shape
+    heads = k.shape[1]
+    together = 1 if jax.default_backend() == "cpu" else heads
     blocks = math.ceil(t / chunk)
-    pad = blocks * chunk - t
 
-    def split(x, fill=0):
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, chunk, *x.shape[2:]), 1, 0)
+    def split_queries(x, fill=0):  # [B, T, ...] -> [blocks, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, blocks * chunk - t)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(b, blocks, chunk, *x.shape[2:]), 1, 0)
 
-    segments = None if queries.segments is None else split(queries.segments, -1)
-    block = jax.checkpoint(lambda xs: _einsum(xs[0], k, v, xs[1], keys, causal))
-    out = jax.lax.map(block, (split(q), Place(split(queries.positions, -1), segments)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], blocks * chunk, *q.shape[2:])[:, :t]
+    def split_heads(x, axis):  # K -> [K / together, ..., together, ...]
+        x = x.reshape(*x.shape[:axis], heads // together, together, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    grouped = split_heads(
+        split_queries(q.reshape(b, t, heads, n // heads, h)), 3
+    )  # [K / together, blocks, B, chunk, together, G, H]
+    of_head = keys.positions.ndim == 3
+    places = Place(
+        split_queries(queries.positions, -1), None if queries.segments is None else split_queries(queries.segments, -1)
+    )
+
+    def head(xs):
+        q, k, v, positions = xs
+        seen = Place(positions if of_head else keys.positions, keys.segments)
+        block = lambda x: _einsum(x[0].reshape(b, chunk, -1, h), k, v, x[1], seen, causal)  # noqa: E731
+        return jax.lax.map(jax.checkpoint(block), (q, places))  # [blocks, B, chunk, together G, H]
+
+    slots = split_heads(keys.positions, 1) if of_head else None
+    out = jax.lax.map(head, (grouped, split_heads(k, 1), split_heads(v, 1), slots))
+    return jnp.moveaxis(out, (0, 1), (3, 1)).reshape(b, blocks * chunk, n, h)[:, :t]
+
+
+def attend_cache(q, cache: Cache, layer: jax.Array, positions: jax.Array, backend: str, chunk: int) -> jax.Array:
+    """Causal `attend` of q [B, T, N, H] at int32 positions [B, T] over one layer, int32 [], of a cache -> [B, T, N, H]."""
+    if cache.streamed and q.shape[1] <= FEW_QUERIES and q.shape[3] % kernel.WIDTH == 0:
+        y = kernel.few_queries(q.astype(jnp.float32), cache.keys, cache.values, cache.positions, positions, layer)
+        return y.astype(q.dtype)
+    k, v, slots = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.keys, cache.values, cache.positions))
+    return attend(q, k.astype(q.dtype), v.astype(q.dtype), Place(positions), Place(slots), True, backend, chunk)
 
 
 def attention_weights(q, k, queries: Place, keys: Place, causal: bool) -> jax.Array:
@@ -72,7 +108,7 @@ def _unnormalized(q, k, queries: Place, keys: Place, causal: bool) -> tuple[jax.
     b, t, n, h = q.shape
     grouped = (q * h**-0.5).reshape(b, t, k.shape[1], n // k.shape[1], h)
     scores = jnp.einsum("btkgh,bksh->bktgs", grouped, k, preferred_element_type=jnp.float32)
-    scores += jnp.where(visible(queries, keys, causal), 0.0, MASKED)[:, :, :, None]
+    scores = jnp.where(visible(queries, keys, causal)[:, :, :, None], scores, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     return weights, weights.sum(-1, keepdims=True)
 

@@ -9,7 +9,7 @@ from flax import struct
 
 from andesvl_jax.cache.kv import Cache, reserve
 from andesvl_jax.config import AndesVLConfig, TextConfig
-from andesvl_jax.model.attention import Place, attend
+from andesvl_jax.model.attention import Place, attend, attend_cache
 from andesvl_jax.model.layers import inverse_frequencies, layer_loop, rms_norm, rotate, rotation
 from andesvl_jax.weights import Leaf, Param, dot, embed, unembed
 
@@ -114,16 +114,12 @@ def decode(
         k = jnp.swapaxes(rotate(heads(y, p.k, p.k_bias, p.k_norm), turn), 1, 2)
         v = jnp.swapaxes(heads(y, p.v, p.v_bias, None), 1, 2)
         if cache is None:
-            seen = place
+            y = attend(q, k, v, place, place, True, config.attention, config.attention_chunk)
         else:
-            index, positions = extra
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (index, 0, 0, start, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, 0, start, 0))
-            k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False).astype(x.dtype)
-            v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False).astype(x.dtype)
-            seen = Place(positions)
-        queries = place if cache is None else Place(place.positions)
-        y = attend(q, k, v, queries, seen, True, config.attention, config.attention_chunk)
+            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (extra, 0, 0, start, 0))
+            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (extra, 0, 0, start, 0))
+            held = cache.replace(keys=keys, values=values)
+            y = attend_cache(q, held, extra, place.positions, config.attention, config.attention_chunk)
         x = x + dot(y.reshape(b, t, -1), p.o, p.o_bias)
         y = rms_norm(x, p.mlp_norm, text.norm_eps)
         x = x + dot(jax.nn.silu(dot(y, p.gate)) * dot(y, p.up), p.down)
@@ -131,7 +127,7 @@ def decode(
         return (x, keys, values), observed
 
     carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-    per_layer = None if cache is None else (jnp.arange(text.num_layers), cache.positions)
+    per_layer = None if cache is None else jnp.arange(text.num_layers)
     (x, keys, values), observed = layer_loop(layer, carry, params.layers, per_layer, config.remat)
     if cache is not None:
         cache = cache.replace(keys=keys, values=values)

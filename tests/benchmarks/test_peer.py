@@ -42,7 +42,7 @@ def test_sides_are_timed_in_turns_and_medians_kept(module, monkeypatch):
         order.append(name)
         return next(times)
 
-    assert timing.in_turns(lambda: side("a"), lambda: side("b"), 3) == (2.0, 20.0)
+    assert timing.in_turns(lambda: side("a"), lambda: side("b"), runs=3) == (2.0, 20.0)
     assert order == ["a", "b"] * 3
 
 

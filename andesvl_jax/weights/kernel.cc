@@ -1,0 +1,291 @@
+// What decoding on CPU spends its time on: the products of a few rows with large matrices, and attention of a few queries over
+// the cache. Both read each number in memory once. Weights and cache are float32 or bfloat16 and are widened in registers, all
+// else is float32; everything is row-major without padding. Each number of a result is summed by one thread in one order, so it
+// depends neither on the number of threads, nor on which of them does what, nor on the other rows.
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kPartBytes = 1 << 18;  // of weights: long beside waking a thread, short beside a whole matrix
+
+// Sixteen numbers at a time, in the vector types of GCC and Clang: one 512-bit register, or as many narrower ones as it takes.
+constexpr int64_t kWide = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct BFloat16 { uint16_t bits; };
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+inline Floats wide(const float* w) { return load<Floats>(w); }
+
+inline Floats wide(const BFloat16* w) {
+#ifdef __AVX512F__  // GCC splits the conversion below in two and joins the halves again, which takes twice as long
+  const Words words = (Words)_mm512_cvtepu16_epi32(load<__m256i>(w));
+#else
+  const Words words = __builtin_convertvector(load<Halves>(w), Words);
+#endif
+  return (Floats)(words << 16);
+}
+
+// The last few numbers of a row, filled up with zeros.
+template <typename T>
+inline Floats wide(const T* w, int64_t count) {
+  T padded[kWide] = {};
+  std::memcpy(padded, w, count * sizeof(T));
+  return wide(padded);
+}
+
+inline float sum(Floats v) {
+  float t[kWide];
+  std::memcpy(t, &v, sizeof(t));
+  for (int half = kWide / 2; half; half /= 2)
+    for (int k = 0; k < half; ++k) t[k] += t[k + half];
+  return t[0];
+}
+
+struct Shape { int64_t rows, in, out; };
+
+// y[r] = sum_i x[r, i] * w[i] for R rows. One w at a time: its numbers are one run through memory, which the processor's
+// prefetching follows at full speed; several at once ran at half of it.
+template <int R, typename T>
+void dot(const T* w, const float* x, float* y, Shape s) {
+  constexpr int kSums = 2;  // per row, because one sum would wait for itself
+  Floats sums[R][kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kWide <= s.in; i += kSums * kWide)
+    for (int k = 0; k < kSums; ++k) {
+      const Floats v = wide(w + i + k * kWide);
+      for (int r = 0; r < R; ++r) sums[r][k] += v * wide(x + r * s.in + i + k * kWide);
+    }
+  for (; i < s.in; i += kWide) {
+    const int64_t count = std::min(kWide, s.in - i);
+    const Floats v = wide(w + i, count);
+    for (int r = 0; r < R; ++r) sums[r][0] += v * wide(x + r * s.in + i, count);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int k = 1; k < kSums; ++k) sums[r][0] += sums[r][k];
+    y[r * s.out] = sum(sums[r][0]);
+  }
+}
+
+// y[r, o] = sum_i x[r, i] * w[o, i] for o in first..last; w[o] stays in cache while the rows pass over it.
+template <typename T>
+void dots(const T* w, const float* x, float* y, Shape s, int64_t first, int64_t last) {
+  for (int64_t o = first; o < last; ++o) {
+    const T* from = w + o * s.in;
+    int64_t r = 0;
+    for (; r + 4 <= s.rows; r += 4) dot<4>(from, x + r * s.in, y + r * s.out + o, s);
+    for (; r < s.rows; ++r) dot<1>(from, x + r * s.in, y + r * s.out + o, s);
+  }
+}
+
+// Calls part(p) for p in 0..parts on this thread and on those of XLA's pool that are free. This thread never waits for a
+// part that nobody has begun, so it cannot hang on a pool whose threads are all busy with other products.
+template <typename Part>
+void in_parts(ffi::ThreadPool& pool, int64_t parts, const Part& part) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();  // outlives this call where a helper wakes late and finds nothing to do
+  auto work = [state, parts, &part] {
+    for (int64_t p; (p = state->next.fetch_add(1)) < parts;) {
+      part(p);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t helpers = std::min(parts, pool.num_threads()) - 1; helpers > 0; --helpers) pool.Schedule(std::decay_t<decltype(work)>(work));
+  work();
+  for (int spins = 0; state->done.load(std::memory_order_acquire) < parts; ++spins)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+template <typename T>
+void product(ffi::ThreadPool& pool, const T* w, const float* x, float* y, Shape s) {
+  const int64_t parts = std::clamp<int64_t>(s.in * s.out * int64_t{sizeof(T)} / kPartBytes, 1, std::max<int64_t>(s.out, 1));
+  in_parts(pool, parts, [&](int64_t p) { dots(w, x, y, s, s.out * p / parts, s.out * (p + 1) / parts); });
+}
+
+// e^x in single precision, and 0 where that would be subnormal: 2^n times the series of e^r with |r| <= ln(2) / 2.
+inline Floats exponential(Floats x) {
+  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to the nearest whole number
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats e = r * (1.0f / 5040) + 1.0f / 720;
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) e = e * r + c;
+  const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+  return (Floats)((Words)(e * (Floats)power) & (Words)(x > -87.0f));
+}
+
+struct Heads { int64_t batch, tokens, heads, kv_heads, slots, width; };
+
+// y[r, 0..U] = sum_c weight[r, c] * values[c, 0..U] for R rows and U vectors
+template <int R, int U, typename T>
+void mix(const T* values, const float* weight, float* const* y, int64_t used, int64_t stride, int64_t width) {
+  Floats sums[R][U] = {};
+  for (int64_t c = 0; c < used; ++c) {
+    Floats v[U];
+    for (int u = 0; u < U; ++u) v[u] = wide(values + c * width + u * kWide);
+    for (int r = 0; r < R; ++r)
+      for (int u = 0; u < U; ++u) sums[r][u] += weight[r * stride + c] * v[u];
+  }
+  for (int r = 0; r < R; ++r) std::memcpy(y[r], sums[r], sizeof(sums[r]));
+}
+
+// All queries of one row of the batch that share a kv head. A query at `at` sees the slots at 0..at; one that sees none gets 0.
+template <typename T>
+void attend_head(const float* q, const T* keys, const T* values, const int32_t* positions, const int32_t* at, float* y, Heads h) {
+  const int64_t group = h.heads / h.kv_heads, rows = h.tokens * group;
+  int64_t used = h.slots;
+  while (used && positions[used - 1] < 0) --used;
+  const int64_t stride = (used + kWide - 1) / kWide * kWide;
+  thread_local std::vector<float> memory;  // kept from call to call
+  memory.resize(std::max<size_t>(memory.size(), rows * (h.width + stride)));
+  float *queries = memory.data(), *weights = queries + rows * h.width;
+  const auto place = [&](int64_t r) { return (r / group * h.heads + r % group) * h.width; };
+  const float scale = 1 / std::sqrt(float(h.width));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < h.width; ++k) queries[r * h.width + k] = q[place(r) + k] * scale;
+
+  dots(keys, queries, weights, Shape{rows, h.width, stride}, 0, used);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    float *w = weights + r * stride, most = -INFINITY;
+    for (int64_t c = 0; c < used; ++c) {
+      if (positions[c] < 0 || positions[c] > at[r / group]) w[c] = -INFINITY;
+      most = std::max(most, w[c]);
+    }
+    std::fill(w + used, w + stride, -INFINITY);
+    if (most == -INFINITY) most = 0;
+    Floats total = {};
+    for (int64_t c = 0; c < stride; c += kWide) {
+      const Floats e = exponential(wide(w + c) - most);
+      total += e;
+      std::memcpy(w + c, &e, sizeof(e));
+    }
+    const float sums = sum(total), inverse = sums > 0 ? 1 / sums : 0;
+    for (int64_t c = 0; c < stride; ++c) w[c] *= inverse;
+  }
+
+  const auto columns = [&](auto vectors, int64_t k) {
+    const auto block = [&](auto count, int64_t r) {
+      float* to[count];
+      for (int i = 0; i < count; ++i) to[i] = y + place(r + i) + k;
+      mix<count, vectors>(values + k, weights + r * stride, to, used, stride, h.width);
+    };
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) block(std::integral_constant<int, 4>(), r);
+    for (; r + 2 <= rows; r += 2) block(std::integral_constant<int, 2>(), r);
+    for (; r < rows; ++r) block(std::integral_constant<int, 1>(), r);
+  };
+  int64_t k = 0;
+  for (; k + 4 * kWide <= h.width; k += 4 * kWide) columns(std::integral_constant<int, 4>(), k);
+  for (; k < h.width; k += kWide) columns(std::integral_constant<int, 1>(), k);
+}
+
+template <typename T>
+void attend(ffi::ThreadPool& pool, const float* q, const T* keys, const T* values, const int32_t* positions, const int32_t* at,
+            float* y, Heads h) {
+  in_parts(pool, h.batch * h.kv_heads, [&](int64_t p) {
+    const int64_t b = p / h.kv_heads, first = (b * h.tokens * h.heads + p % h.kv_heads * (h.heads / h.kv_heads)) * h.width;
+    const int64_t kv = p * h.slots * h.width;
+    attend_head(q + first, keys + kv, values + kv, positions + p * h.slots, at + b * h.tokens, y + first, h);
+  });
+}
+
+// ---- what XLA calls
+
+ffi::Error few_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
+  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ws.size() != 2 || ys.size() != 2 || xs[0] != ys[0] || xs[1] != ws[1] || ys[1] != ws[0])
+    return ffi::Error::InvalidArgument("few_rows: shapes do not fit, expected x [r, i], w [o, i], y [r, o]");
+  const Shape s{xs[0], xs[1], ys[1]};
+  const auto run = [&](auto type) {
+    product(pool, static_cast<const decltype(type)*>(w.untyped_data()), x.typed_data(), y->typed_data(), s);
+    return ffi::Error::Success();
+  };
+  if (w.element_type() == ffi::F32) return run(float());
+  if (w.element_type() == ffi::BF16) return run(BFloat16());
+  return ffi::Error::InvalidArgument("few_rows: weights must be float32 or bfloat16");
+}
+
+// y[n, :] = table[ids[n], :]; ids beyond the table take its first or last row.
+ffi::Error rows_of(ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi::BF16> table, ffi::ResultBuffer<ffi::F32> y) {
+  const auto ts = table.dimensions(), ys = y->dimensions();
+  if (ts.size() != 2 || ys.size() != 2 || ts[0] < 1 || ts[1] != ys[1] || int64_t(ids.element_count()) != ys[0])
+    return ffi::Error::InvalidArgument("rows_of: shapes do not fit, expected ids [n], table [e, d], y [n, d]");
+  const auto* from = static_cast<const BFloat16*>(table.untyped_data());
+  for (int64_t n = 0; n < ys[0]; ++n) {
+    const BFloat16* row = from + std::clamp<int64_t>(ids.typed_data()[n], 0, ts[0] - 1) * ts[1];
+    float* to = y->typed_data() + n * ts[1];
+    for (int64_t k = 0; k < ts[1]; k += kWide) {
+      const int64_t count = std::min(kWide, ts[1] - k);
+      const Floats v = wide(row + k, count);
+      std::memcpy(to + k, &v, count * sizeof(float));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+// One layer of a cache: keys and values [L, B, K, C, H], the positions of their slots [L, B, K, C]; q, y [B, T, N, H], at [B, T].
+ffi::Error few_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                       ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> at, ffi::Buffer<ffi::S32> layer,
+                       ffi::ResultBuffer<ffi::F32> y) {
+  const auto qs = q.dimensions(), ks = keys.dimensions(), vs = values.dimensions(), ps = positions.dimensions();
+  if (qs.size() != 4 || ks.size() != 5 || ps.size() != 4 || !std::equal(ks.begin(), ks.end(), vs.begin(), vs.end()) ||
+      !std::equal(ps.begin(), ps.end(), ks.begin()) || ks[1] != qs[0] || ks[4] != qs[3] || qs[2] % ks[2] || qs[3] % kWide ||
+      at.element_count() != size_t(qs[0] * qs[1]) || layer.element_count() != 1 || y->element_count() != q.element_count() ||
+      keys.element_type() != values.element_type())
+    return ffi::Error::InvalidArgument("few_queries: shapes do not fit each other, or heads are no multiple of 16 wide");
+  const int64_t index = layer.typed_data()[0];
+  if (index < 0 || index >= ks[0]) return ffi::Error::InvalidArgument("few_queries: the cache has no such layer");
+  const Heads h{qs[0], qs[1], qs[2], ks[2], ks[3], ks[4]};
+  const int64_t slots = index * ks[1] * ks[2] * ks[3];
+  const auto run = [&](auto type) {
+    const auto* k = static_cast<const decltype(type)*>(keys.untyped_data()) + slots * h.width;
+    const auto* v = static_cast<const decltype(type)*>(values.untyped_data()) + slots * h.width;
+    attend(pool, q.typed_data(), k, v, positions.typed_data() + slots, at.typed_data(), y->typed_data(), h);
+    return ffi::Error::Success();
+  };
+  if (keys.element_type() == ffi::F32) return run(float());
+  if (keys.element_type() == ffi::BF16) return run(BFloat16());
+  return ffi::Error::InvalidArgument("few_queries: the cache must be float32 or bfloat16");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    AndesvlFewRows, few_rows,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    AndesvlFewQueries, few_queries,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    AndesvlRowsOf, rows_of,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::BF16>>().Ret<ffi::Buffer<ffi::F32>>());

@@ -1,0 +1,114 @@
+"""What decoding on CPU spends its time on, compiled: `kernel.cc` is built once for this machine, kept in the user's cache and
+handed to XLA. It has no gradient and is never exported: only the decoding loop's representations lead here.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+import jaxlib
+
+SOURCE = Path(__file__).with_name("kernel.cc")
+TARGETS = {
+    "andesvl_few_rows": "AndesvlFewRows",
+    "andesvl_few_queries": "AndesvlFewQueries",
+    "andesvl_rows_of": "AndesvlRowsOf",
+}
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
+BUILD_LIMIT_S = 120
+WIDTH = 16  # numbers that the kernel takes at a time
+
+
+@functools.cache
+def available() -> bool:
+    """Whether XLA on CPU knows the kernel; the first call builds it, or warns once with the reason why not."""
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except OSError as error:
+        warnings.warn(
+            f"decoding without the compiled kernel, at half its speed or less ({error}): install a C++ compiler (c++) and see "
+            "that ~/.cache belongs to you alone.",
+            stacklevel=2,
+        )
+        return False
+    for target, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[symbol]), platform="cpu")
+    return True
+
+
+def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
+    """float32 [r, i] times the transpose of float32 or bfloat16 [o, i] -> float32 [r, o]."""
+    return jax.ffi.ffi_call("andesvl_few_rows", jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), x.dtype))(x, w)
+
+
+def rows_of(ids: jax.Array, table: jax.Array) -> jax.Array:
+    """Rows of a bfloat16 table [E, D] at int32 ids [n], clipped to 0..E-1 -> float32 [n, D]."""
+    out = jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), jax.numpy.finfo("float32").dtype)
+    return jax.ffi.ffi_call("andesvl_rows_of", out)(ids, table)
+
+
+def few_queries(q, keys, values, slots, positions, layer) -> jax.Array:
+    """Causal attention of float32 q [B, T, N, H] at int32 positions [B, T] over one layer, int32 [], of a cache.
+
+    Args:
+      keys, values: float32 or bfloat16 [L, B, K, C, H], H a multiple of WIDTH; slots: their positions, int32 [L, B, K, C],
+        -1 = empty.
+    Returns:
+      float32 [B, T, N, H]; 0 for a query that sees no slot.
+    """
+    return jax.ffi.ffi_call("andesvl_few_queries", jax.ShapeDtypeStruct(q.shape, q.dtype))(
+        q, keys, values, slots, positions, layer
+    )
+
+
+def _built() -> Path:
+    """The shared library for this source, compiler, jaxlib and processor. Raises OSError when there can be none."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        raise OSError("no C++ compiler")
+    made_of = [SOURCE.read_text(), *FLAGS, jaxlib.__version__, _run([compiler, "--version"]), _processor()]
+    library = _own_directory() / f"kernel-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:32]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            made = Path(scratch) / library.name
+            _run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
+            os.replace(made, library)  # whole or not at all, also when two processes build at once
+    return library
+
+
+def _own_directory() -> Path:
+    """The cache directory. Libraries are loaded from it, so it must be this user's and nobody else may write to it."""
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "andesvl_jax"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"{directory} is not a directory that only its user can write to")
+    return directory
+
+
+def _processor() -> str:
+    """What -march=native means here: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform()
+    return "|".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_LIMIT_S).stdout
+    except subprocess.CalledProcessError as error:
+        reason = next((line for line in error.stderr.splitlines() if "error" in line), f"status {error.returncode}")
+        raise OSError(f"{command[0]}: {reason}") from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{command[0]} did not end in {BUILD_LIMIT_S} s") from error

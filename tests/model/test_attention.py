@@ -1,0 +1,98 @@
+"""Attention by blocks and by the compiled kernel: equal to the plain one, and small in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import max_relative, tiny_config, tiny_params
+
+from andesvl_jax.cache.kv import Cache
+from andesvl_jax.decoding import generate
+from andesvl_jax.decoding.sampling import sampling_options
+from andesvl_jax.inputs.packing import ImageRow, assemble_prompts, make_sample
+from andesvl_jax.model.andesvl import encode_images, for_decoding
+from andesvl_jax.model.attention import Place, attend, attend_cache
+from andesvl_jax.weights import kernel
+
+TOLERANCE = 2e-6  # float32: sums in another order
+needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("heads", [(6, 3), (4, 4)])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_blocks_equal_the_whole(heads, per_head):
+    """Segments, padding, positions that differ between kv heads, and lengths that blocks do not divide."""
+    n, k = heads
+    b, t, s, h = 2, 29, 37, 8
+    rng = np.random.default_rng(0)
+    q, keys, values = (jnp.asarray(rng.normal(size=x), jnp.float32) for x in ((b, t, n, h), (b, k, s, h), (b, k, s, h)))
+    positions = rng.integers(-1, s, (b, k, s) if per_head else (b, s)).astype(np.int32)
+    segments = None if per_head else np.sort(rng.integers(0, 3, (b, s))).astype(np.int32)
+    here = Place(rng.integers(0, s, (b, t)).astype(np.int32), None if per_head else segments[:, :t])
+    run = lambda backend: attend(q, keys, values, here, Place(positions, segments), per_head, backend, 8)  # noqa: E731
+    assert max_relative(run("chunked"), run("einsum")) <= TOLERANCE
+
+
+def test_memory_of_the_encoder_grows_with_the_patches_not_with_their_square():
+    config = tiny_config(vision={"num_heads": 4}, attention_chunk=64)
+    params = tiny_params(config)
+
+    def temporary(side: int) -> int:
+        p = side * side
+        raster = np.indices((side, side), dtype=np.int32).reshape(2, p).T[None]
+        row = ImageRow(np.zeros((1, p, 12), np.float32), raster, np.full_like(raster, side), np.zeros((1, p), np.int32))
+        compiled = jax.jit(encode_images, static_argnums=1).lower(params, config, row).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(32), temporary(64)
+    assert large <= 5 * small
+    assert large < 4096 * 4096 * 4  # less than the scores of one head
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 4, 2, 13, 16), (3, 2, 5, 8, 2, 40, 128), (2, 2, 1, 4, 4, 700, 80)], ids=str)
+def test_few_queries_by_the_kernel_equal_plain_attention(shape, dtype):
+    """Slots in any order, other ones in each head, a third of them empty, queries that see only some."""
+    layers, b, t, n, k, c, h = shape
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(3 * rng.normal(size=(b, t, n, h)), jnp.float32)
+    keys, values = (jnp.asarray(rng.normal(size=(layers, b, k, c, h)), dtype) for _ in range(2))
+    slots = np.argsort(rng.random((layers, b, k, c)), -1).astype(np.int32)
+    slots = jnp.asarray(np.where(rng.random(slots.shape) < 0.3, -1, slots))
+    at = jnp.asarray(rng.integers(c // 2, c, (b, t)), jnp.int32)
+    plain = Cache(keys, values, slots, None, None)
+    attending = jax.jit(lambda cache, layer: attend_cache(q, cache, layer, at, "einsum", 256))
+    for layer in range(layers):
+        expected = attending(plain, jnp.int32(layer))
+        assert max_relative(attending(plain.replace(streamed=True), jnp.int32(layer)), expected) <= TOLERANCE
+
+
+@needs_kernel
+def test_a_query_that_sees_nothing_gets_zeros_from_the_kernel():
+    cache = Cache(*(jnp.ones((1, 1, 1, 5, 16)),) * 2, jnp.array([[[[-1, 3, 4, -1, -1]]]], jnp.int32), None, None, streamed=True)
+    found = attend_cache(jnp.ones((1, 2, 1, 16)), cache, jnp.int32(0), jnp.array([[2, 3]], jnp.int32), "einsum", 256)
+    np.testing.assert_array_equal(found[0, :, 0, 0], [0, 1])
+
+
+@needs_kernel
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_decoding_by_the_kernel_equals_decoding_without_it(weights, monkeypatch):
+    config = tiny_config(text={"head_dim": 16})
+    params = for_decoding(tiny_params(config), weights)
+    rng = np.random.default_rng(0)
+    samples = [make_sample(rng.integers(0, 60, n), np.zeros(n, bool), (), -1) for n in (9, 21)]
+    batch = assemble_prompts(samples, config.vision.patch_features)
+
+    def answer():
+        jax.clear_caches()
+        *_, state = generate.run(params, config, batch, sampling_options(2), 12)
+        return state
+
+    compiled = answer()
+    monkeypatch.setattr(kernel, "available", lambda: False)
+    plain = answer()
+    jax.clear_caches()
+    assert compiled.cache.streamed and not plain.cache.streamed
+    np.testing.assert_array_equal(compiled.tokens, plain.tokens)
+    assert max_relative(compiled.last, plain.last) <= 1e-5  # twelve steps of two layers, each rounding differently

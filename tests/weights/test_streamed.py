@@ -1,0 +1,174 @@
+"""Matrices for decoding on CPU: the compiled kernel against float64, its fallback, what it must not reach, and its building."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import max_relative, random_sample, tiny_batch, tiny_config, tiny_params
+
+from andesvl_jax.export.functions import ExportShapes, stages
+from andesvl_jax.model.andesvl import for_decoding, forward
+from andesvl_jax.weights import LoRA, Streamed, add_lora, dense, dot, embed, kernel, stream_matrix, stream_table, unembed
+from andesvl_jax.weights.streamed import FEW_ROWS
+
+TOLERANCE = 2e-6  # float32 sums of up to 3072 terms
+needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs a C++ compiler")
+# i and o that fill no vector, one, blocks and parts of the work, and the few rows in all their groupings
+SHAPES = [(1, 1, 1), (1, 37, 53), (2, 16, 4), (3, 100, 7), (7, 1024, 515), (16, 3072, 130), (17, 64, 96)]
+
+
+@pytest.fixture(params=[pytest.param("kernel", marks=needs_kernel), "fallback"])
+def way(request, monkeypatch):
+    if request.param == "fallback":
+        monkeypatch.setattr(kernel, "available", lambda: False)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_equal_those_in_double_precision(way, shape, dtype):
+    rows, i, o = shape
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(i, o)), dtype)
+    x = jnp.asarray(rng.normal(size=(rows, i)), jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.float32), np.float64)
+    assert max_relative(jax.jit(dot)(x, stream_matrix(w)), exact) <= TOLERANCE
+    assert max_relative(jax.jit(unembed)(x, stream_table(w.T)), exact) <= TOLERANCE
+
+
+@needs_kernel
+def test_a_row_of_few_is_the_row_alone_bit_for_bit():
+    rng = np.random.default_rng(1)
+    w = stream_matrix(jnp.asarray(rng.normal(size=(200, 301)), jnp.bfloat16))
+    x = jnp.asarray(rng.normal(size=(FEW_ROWS, 200)), jnp.float32)
+    together = dot(x, w)
+    for row in range(FEW_ROWS):
+        np.testing.assert_array_equal(dot(x[row : row + 1], w)[0], together[row])
+
+
+def test_leaves_stand_for_their_matrices(way):
+    rng = np.random.default_rng(2)
+    matrix, table = jnp.asarray(rng.normal(size=(12, 20)), jnp.float32), jnp.asarray(rng.normal(size=(20, 12)), jnp.float32)
+    np.testing.assert_array_equal(dense(stream_matrix(matrix)), matrix)
+    np.testing.assert_array_equal(dense(stream_table(table)), table)
+    ids = jnp.array([3, 3, 19])
+    np.testing.assert_array_equal(embed(ids, stream_table(table), "float32"), table[ids])
+    half = table.astype("bfloat16")
+    np.testing.assert_array_equal(embed(ids[None], stream_table(half), "float32"), half[ids][None].astype("float32"))
+    assert stream_matrix(matrix, "bfloat16").rows.dtype == jnp.bfloat16
+    bf16 = dot(jnp.ones((1, 12), jnp.bfloat16), stream_matrix(matrix))
+    assert bf16.dtype == jnp.bfloat16 and unembed(jnp.ones((1, 12), jnp.bfloat16), stream_table(table)).dtype == jnp.float32
+
+
+@needs_kernel
+def test_the_kernel_works_inside_loops_and_beside_itself():
+    """In a while_loop, in a scan over stacked leaves, and with several products that XLA may run at once."""
+    w = [stream_matrix(jnp.asarray(np.random.default_rng(i).normal(size=(64, 64)) / 8, jnp.float32)) for i in range(8)]
+    x = jnp.ones((2, 64))
+    plain = [dense(m) for m in w]
+    looped = jax.jit(lambda x: jax.lax.while_loop(lambda c: c[0] < 5, lambda c: (c[0] + 1, jnp.tanh(dot(c[1], w[0]))), (0, x))[1])
+    expected = x
+    for _ in range(5):
+        expected = jnp.tanh(expected @ plain[0])
+    assert max_relative(looped(x), expected) <= TOLERANCE
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *w)
+    scanned = jax.jit(lambda x: jax.lax.scan(lambda x, m: (jnp.tanh(dot(x, m)), None), x, stacked)[0])
+    expected = x
+    for m in plain:
+        expected = jnp.tanh(expected @ m)
+    assert max_relative(scanned(x), expected) <= 8 * TOLERANCE
+    wide = jax.jit(lambda x: [dot(x, m) for m in w * 8])
+    for _ in range(20):
+        for found, m in zip(wide(x), plain * 8, strict=True):
+            assert max_relative(found, x @ m) <= TOLERANCE
+
+
+def test_decoding_parameters_hold_every_matrix_of_the_decoder_streamed_and_no_other():
+    config = tiny_config(text={"tie_word_embeddings": False})
+    params = add_lora(tiny_params(config), jax.random.key(0), rank=2, alpha=4.0, pattern=r"decoder\.layers\.q")
+    ready = for_decoding(params, "bfloat16")
+    layer = ready.decoder.layers[1]
+    assert isinstance(layer.q, LoRA) and isinstance(layer.q.base, Streamed) and layer.q.a.dtype == jnp.float32
+    matrices = [
+        ready.decoder.embedding,
+        ready.decoder.head,
+        layer.q.base,
+        layer.k,
+        layer.v,
+        layer.o,
+        layer.gate,
+        layer.up,
+        layer.down,
+    ]
+    assert all(isinstance(w, Streamed) and w.rows.dtype == jnp.bfloat16 for w in matrices)
+    assert not any(isinstance(w, Streamed) for w in jax.tree.leaves((ready.vision, ready.projector)))
+    assert all(x.dtype == jnp.float32 for x in (layer.attention_norm, layer.q_norm, ready.decoder.norm))
+
+
+def test_training_and_export_never_meet_the_kernel():
+    config = tiny_config()
+    params = tiny_params(config)
+    batch = tiny_batch(config, [[random_sample(config, np.random.default_rng(0), ((2, 4),), text=4)]], 8, 8, 4)
+    loss = lambda params: forward(params, config, batch).sum()  # noqa: E731
+    lowered = [jax.jit(jax.grad(loss)).lower(params).as_text()]
+    for stage in stages(params, config, ExportShapes(patches=(8,), prompt=(8,), slots=16)):
+        lowered.append(jax.jit(stage.call).lower(stage.weights, stage.cache, stage.inputs).as_text())
+    assert len(lowered) == 4 and not any("andesvl" in text for text in lowered)
+    decoding = jax.jit(lambda p, x: unembed(x, p.decoder.embedding)).lower(for_decoding(params), jnp.ones((1, 24))).as_text()
+    assert ("andesvl_few_rows" in decoding) == kernel.available()  # the search would find it
+
+
+# ---- building
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """`kernel.available` as in a new process, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernel, "TARGETS", {})  # XLA takes each name once
+    return kernel.available.__wrapped__
+
+
+@needs_kernel
+def test_it_is_built_once(fresh, tmp_path, monkeypatch):
+    assert fresh()
+    (library,) = (tmp_path / "andesvl_jax").iterdir()
+    assert library.name.startswith("kernel-") and (tmp_path / "andesvl_jax").stat().st_mode & 0o077 == 0
+    built = library.stat().st_mtime_ns
+    assert fresh() and library.stat().st_mtime_ns == built
+    monkeypatch.setattr(kernel, "FLAGS", (*kernel.FLAGS, "-DOTHER"))
+    assert kernel._built() != library
+
+
+def test_without_a_compiler_decoding_warns_and_goes_on(fresh, monkeypatch):
+    monkeypatch.setattr(kernel.shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler.*install"):
+        assert not fresh()
+
+
+@needs_kernel
+def test_a_failed_build_warns_with_the_compilers_reason(fresh, monkeypatch, tmp_path):
+    broken = tmp_path / "broken.cc"
+    broken.write_text("int main( {")
+    monkeypatch.setattr(kernel, "SOURCE", broken)
+    with pytest.warns(UserWarning, match="error"):
+        assert not fresh()
+    assert not list((tmp_path / "andesvl_jax").iterdir())
+
+
+@needs_kernel
+def test_a_cache_that_others_may_write_to_is_not_trusted(fresh, tmp_path):
+    directory = tmp_path / "andesvl_jax"
+    directory.mkdir()
+    directory.chmod(0o777)
+    with pytest.warns(UserWarning, match="only its user"):
+        assert not fresh()
+    directory.rmdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.symlink(elsewhere, directory)
+    with pytest.warns(UserWarning, match="only its user"):
+        assert not fresh()
+    assert not list(elsewhere.iterdir())
