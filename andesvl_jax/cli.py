@@ -114,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quantize", choices=("int8",), help="LiteRT only: weights as int8")
 
     bench = verb("bench", _bench, "time this network beside the same network in PyTorch")
-    bench.add_argument("name", choices=("decode", "full_size", "train_step"))
-    bench.add_argument("--config", help="a configuration by name (default: andesvl-0.6b; nano for train_step)")
+    bench.add_argument("name", choices=("decode", "full_size", "train_step", "vision"))
+    bench.add_argument("--config", help="a configuration by name (default: andesvl-0.6b; train_step: nano, vision: andesvl-1b)")
     return parser
 
 

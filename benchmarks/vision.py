@@ -52,8 +52,12 @@ def _params(config: AndesVLConfig, tensors) -> AndesVL:
     """This project's encoder with unrolled layers, of HF tensors; the other parts are absent."""
     found = {e.path: e for e in entries(config)}
     flat, tree = jax.tree_util.tree_flatten_with_path(describe(config).vision, is_leaf=is_param)
-    read = lambda name: tensors[name].numpy()  # noqa: E731
-    stacked = tree.unflatten([jnp.asarray(found[f"vision.{path_name(p)}"].from_hf(read)) for p, _ in flat])
+    leaves = []
+    for path, param in flat:
+        leaf = np.empty(param.shape, np.float32)
+        found[f"vision.{path_name(path)}"].fill(leaf, [(0, n) for n in param.shape], lambda name: tensors[name].numpy())
+        leaves.append(jnp.asarray(leaf))
+    stacked = tree.unflatten(leaves)
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked.layers) for i in range(config.vision.num_layers))
     return AndesVL(vision=stacked.replace(layers=layers), projector=None, decoder=None)
 

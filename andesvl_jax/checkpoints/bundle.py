@@ -11,7 +11,7 @@ from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import Tokenizer
-from andesvl_jax.model.andesvl import AndesVL, for_decoding
+from andesvl_jax.model.andesvl import AndesVL, for_decoding, unstack_layers
 
 # generation_config.json of the releases, where a directory has none
 RELEASED_GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
@@ -33,7 +33,7 @@ class Bundle:
         ):
             return for_decoding(self.params)
         # through NumPy, so that a layer taken out of a stack is the same memory and not a second copy of the model
-        return jax.device_put(for_decoding(jax.tree.map(np.asarray, self.params)))
+        return for_decoding(jax.device_put(unstack_layers(jax.tree.map(np.asarray, self.params))))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

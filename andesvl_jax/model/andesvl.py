@@ -3,8 +3,6 @@
 B batch rows, T tokens, P patches, D decoder width, V vocabulary. All functions are pure: (params, config, ...) -> values.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -79,16 +77,16 @@ def unstack_layers(params: AndesVL) -> AndesVL:
 
 def for_decoding(params: AndesVL, dtype: str | None = None) -> AndesVL:
     """The representation that decodes fastest here: on CPU the layers unrolled (a scan would copy each one's weights) and the
-    decoder's matrices and tables `Streamed`, held in `dtype` (None: as they are); elsewhere the parameters as they are."""
+    decoder's matrices and tables `Streamed`, held in `dtype` (None: as they are), as are 16-bit matrices of the other parts;
+    elsewhere the parameters as they are."""
     if jax.default_backend() != "cpu":
         return params
     params = unstack_layers(params)
-    decoder = params.decoder
-    matrix = functools.partial(stream_matrix, dtype=dtype)
-    return params.replace(
-        decoder=decoder.replace(
-            embedding=stream_table(decoder.embedding, dtype),
-            layers=jax.tree.map(matrix, decoder.layers, is_leaf=is_leaf),
-            head=stream_table(decoder.head, dtype),
-        )
+    vision, projector, decoder = params.vision, params.projector, params.decoder
+    stream = lambda tree, dtype=dtype: jax.tree.map(lambda w: stream_matrix(w, dtype), tree, is_leaf=is_leaf)  # noqa: E731
+    if vision.patch.dtype != jnp.float32:
+        vision, projector = vision.replace(layers=stream(vision.layers, None)), stream(projector, None)
+    decoder = decoder.replace(
+        embedding=stream_table(decoder.embedding, dtype), layers=stream(decoder.layers), head=stream_table(decoder.head, dtype)
     )
+    return params.replace(vision=vision, projector=projector, decoder=decoder)

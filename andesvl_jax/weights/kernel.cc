@@ -250,6 +250,23 @@ ffi::Error rows_of(ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi::BF16> table, ffi:
   return ffi::Error::Success();
 }
 
+// A matrix in float32. `after` is not read: it is what has to be there before, else XLA would widen all matrices of a model at once.
+ffi::Error widened(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> w, ffi::AnyBuffer after, ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t size = w.element_count();
+  if (int64_t(y->element_count()) != size) return ffi::Error::InvalidArgument("widened: shapes differ");
+  const auto* from = static_cast<const BFloat16*>(w.untyped_data());
+  float* to = y->typed_data();
+  const int64_t vectors = size / kWide, parts = std::clamp<int64_t>(2 * size / kPartBytes, 1, std::max<int64_t>(vectors, 1));
+  in_parts(pool, parts, [&](int64_t p) {
+    for (int64_t k = vectors * p / parts; k < vectors * (p + 1) / parts; ++k) {
+      const Floats v = wide(from + k * kWide);
+      std::memcpy(to + k * kWide, &v, sizeof(v));
+    }
+  });
+  for (int64_t k = vectors * kWide; k < size; ++k) to[k] = wide(from + k, 1)[0];
+  return ffi::Error::Success();
+}
+
 // One layer of a cache: keys and values [L, B, K, C, H], the positions of their slots [L, B, K, C]; q, y [B, T, N, H], at [B, T].
 ffi::Error few_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                        ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> at, ffi::Buffer<ffi::S32> layer,
@@ -289,3 +306,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     AndesvlRowsOf, rows_of,
     ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::BF16>>().Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    AndesvlWidened, widened,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::BF16>>().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>());

@@ -22,6 +22,7 @@ TARGETS = {
     "andesvl_few_rows": "AndesvlFewRows",
     "andesvl_few_queries": "AndesvlFewQueries",
     "andesvl_rows_of": "AndesvlRowsOf",
+    "andesvl_widened": "AndesvlWidened",
 }
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 BUILD_LIMIT_S = 120
@@ -54,6 +55,11 @@ def rows_of(ids: jax.Array, table: jax.Array) -> jax.Array:
     """Rows of a bfloat16 table [E, D] at int32 ids [n], clipped to 0..E-1 -> float32 [n, D]."""
     out = jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), jax.numpy.finfo("float32").dtype)
     return jax.ffi.ffi_call("andesvl_rows_of", out)(ids, table)
+
+
+def widened(w: jax.Array, after: jax.Array) -> jax.Array:
+    """bfloat16 [o, i] -> float32 [o, i], made once `after` is there and not before."""
+    return jax.ffi.ffi_call("andesvl_widened", jax.ShapeDtypeStruct(w.shape, jax.numpy.finfo("float32").dtype))(w, after)
 
 
 def few_queries(q, keys, values, slots, positions, layer) -> jax.Array:

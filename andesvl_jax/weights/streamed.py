@@ -41,12 +41,12 @@ def _(w: Streamed, ids, dtype):
 
 @multiply.register(Streamed)
 def _(w: Streamed, x):
-    return _few_rows(x, w.rows).astype(x.dtype) if _is_few(x) else multiply(w.rows.T, x)
+    return (_few_rows(x, w.rows) if _is_few(x) else _many_rows(x, w.rows)).astype(x.dtype)
 
 
 @multiply_transposed.register(Streamed)
 def _(w: Streamed, x):
-    return _few_rows(x, w.rows) if _is_few(x) else multiply_transposed(w.rows, x)
+    return _few_rows(x, w.rows) if _is_few(x) else _many_rows(x, w.rows)
 
 
 def _is_few(x: jax.Array) -> bool:
@@ -63,6 +63,13 @@ def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     else:  # XLA fuses each sum of products into one loop over w, five times as fast as its dot of 16-bit numbers
         y = jnp.stack([jnp.sum(row * w.astype(row.dtype), -1) for row in rows])
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _many_rows(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., i], w [o, i] -> [..., o]; a 16-bit w is widened by itself: XLA would hold every matrix of the model in 32 bits."""
+    if w.dtype == jnp.float32 or not kernel.available():
+        return multiply(w.T, x)
+    return multiply(kernel.widened(w, x).T, x.astype(jnp.float32))
 
 
 def stream_matrix(w: Leaf, dtype=None) -> Leaf:

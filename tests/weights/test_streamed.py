@@ -10,7 +10,7 @@ from tiny import max_relative, random_sample, tiny_batch, tiny_config, tiny_para
 
 from andesvl_jax.export.functions import ExportShapes, stages
 from andesvl_jax.model.andesvl import for_decoding, forward
-from andesvl_jax.weights import LoRA, Streamed, add_lora, dense, dot, embed, kernel, stream_matrix, stream_table, unembed
+from andesvl_jax.weights import LoRA, Streamed, add_lora, dense, dot, embed, is_leaf, kernel, stream_matrix, stream_table, unembed
 from andesvl_jax.weights.streamed import FEW_ROWS
 
 TOLERANCE = 2e-6  # float32 sums of up to 3072 terms
@@ -85,6 +85,28 @@ def test_the_kernel_works_inside_loops_and_beside_itself():
             assert max_relative(found, x @ m) <= TOLERANCE
 
 
+@needs_kernel
+def test_many_rows_widen_one_16_bit_matrix_at_a_time():
+    """Values as of the widened weights; and no more room than two matrices in 32 bits, where XLA alone would take all eight."""
+    rng = np.random.default_rng(0)
+    plain = [jnp.asarray(rng.normal(size=(256, 256)) / 16, jnp.bfloat16) for _ in range(8)]
+    streamed = [stream_matrix(w) for w in plain]
+
+    def chain(x, matrices):
+        for w in matrices:
+            x = jnp.tanh(dot(x, w))
+        return x
+
+    x = jnp.asarray(rng.normal(size=(40, 256)), jnp.float32)
+    expected = chain(x, [w.astype(jnp.float32) for w in plain])
+    assert max_relative(chain(x, streamed), expected) <= 8 * TOLERANCE
+    odd = stream_matrix(jnp.asarray(rng.normal(size=(37, 21)), jnp.bfloat16))  # no multiple of what the kernel takes at a time
+    y = jnp.asarray(rng.normal(size=(40, 37)), jnp.float32)
+    assert max_relative(dot(y, odd), y @ dense(odd, jnp.float32)) <= TOLERANCE
+    compiled = jax.jit(chain).lower(x, streamed).compile().memory_analysis()
+    assert compiled.temp_size_in_bytes <= 2 * 4 * 256 * 256 + 4 * x.nbytes
+
+
 def test_decoding_parameters_hold_every_matrix_of_the_decoder_streamed_and_no_other():
     config = tiny_config(text={"tie_word_embeddings": False})
     params = add_lora(tiny_params(config), jax.random.key(0), rank=2, alpha=4.0, pattern=r"decoder\.layers\.q")
@@ -103,7 +125,10 @@ def test_decoding_parameters_hold_every_matrix_of_the_decoder_streamed_and_no_ot
         layer.down,
     ]
     assert all(isinstance(w, Streamed) and w.rows.dtype == jnp.bfloat16 for w in matrices)
-    assert not any(isinstance(w, Streamed) for w in jax.tree.leaves((ready.vision, ready.projector)))
+    of_pictures = lambda ready: jax.tree.leaves((ready.vision, ready.projector), is_leaf=is_leaf)  # noqa: E731
+    assert not any(isinstance(w, Streamed) for w in of_pictures(ready))
+    half = for_decoding(jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params(config)))
+    assert sum(isinstance(w, Streamed) for w in of_pictures(half)) == 5 * config.vision.num_layers + 2
     assert all(x.dtype == jnp.float32 for x in (layer.attention_norm, layer.q_norm, ready.decoder.norm))
 
 
