@@ -33,7 +33,7 @@ def _(w: Streamed, dtype=None):
 
 @lookup.register(Streamed)
 def _(w: Streamed, ids, dtype):
-    if w.rows.dtype == jnp.float32 or not kernel.available():
+    if w.rows.dtype.itemsize != 2 or not kernel.available():
         return lookup(w.rows, ids, dtype)
     # XLA's CPU backend gathers no bfloat16: it would widen the whole table first
     return kernel.rows_of(ids.reshape(-1), w.rows).astype(dtype).reshape(*ids.shape, -1)
