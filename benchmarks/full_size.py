@@ -3,13 +3,11 @@
 Run: `python benchmarks/full_size.py --config andesvl-1b --json`. The checkpoint goes to the directory for temporary files
 (TMPDIR) and is removed again: 1.4, 1.9, 4.1 and 8.7 GB for the four sizes. Times include no compilation unless they say so.
 
-XLA's CPU backend computes 16-bit matrices in float32 and widens all of them at once, three times the memory of the weights. Where
-that is not free, the fresh process keeps layers stacked and tells XLA to widen one layer at a time; decoding is then slow.
+Memory is that of the weights as loaded and of the decoder's once more, laid out for decoding.
 """
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -34,7 +32,6 @@ from andesvl_jax.inputs.image import ImageProcessor
 
 IMAGE_TOKEN = 151654  # <|vision_pad|> of the releases
 SHARD_BYTES = 2_000_000_000
-ONE_LAYER_AT_A_TIME = "--xla_disable_hlo_passes=while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
 MEASURE = "import sys, json, full_size; print(json.dumps(full_size.measure(*json.loads(sys.argv[1]))))"
 
 
@@ -58,9 +55,7 @@ def run(config_name: str = "andesvl-0.6b", quick: bool = False, dtype: str = "bf
             )
         writing = timing.seconds(lambda: write_random(Path(directory), config))
         written = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-        lean = dtype == "bfloat16" and available_bytes() < 3.5 * size
-        steps = 1 if lean else steps
-        found = _in_a_fresh_process(directory, dtype, side, steps, lean)
+        found = _in_a_fresh_process(directory, dtype, side, steps)
     row = timing.row
     gib = 2.0**30
     return {
@@ -71,7 +66,6 @@ def run(config_name: str = "andesvl-0.6b", quick: bool = False, dtype: str = "bf
             row("writing it, random numbers included", writing, "s"),
             row("loading it, files in the page cache", found["load_s"], "s"),
             row("parameters in memory", found["params_bytes"] / gib, "GiB"),
-            row("weights widened one layer at a time (1: yes)", int(lean), ""),
             row("peak memory before loading", found["peak_before"] / gib, "GiB"),
             row("peak memory of loading", found["peak_load"] / gib, "GiB"),
             row("peak memory of encoding and prefill", found["peak_prefill"] / gib, "GiB"),
@@ -113,20 +107,18 @@ def write_random(directory: Path, config: AndesVLConfig) -> None:
     write_json(directory / "preprocessor_config.json", processor.to_hf())
 
 
-def _in_a_fresh_process(directory: str, dtype: str, side: int, steps: int, lean: bool) -> dict[str, Any]:
+def _in_a_fresh_process(directory: str, dtype: str, side: int, steps: int) -> dict[str, Any]:
     """What `measure` returns in a process of its own, so that its peak of memory is the model's."""
-    flags = os.environ.get("XLA_FLAGS", "") + (f" {ONE_LAYER_AT_A_TIME}" if lean else "")
     here = str(Path(__file__).resolve().parent)
-    script, arguments = f"import sys; sys.path.insert(0, {here!r}); {MEASURE}", json.dumps((directory, dtype, side, steps, lean))
-    environment = os.environ | {"XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", script, arguments], capture_output=True, text=True, env=environment)
+    script, arguments = f"import sys; sys.path.insert(0, {here!r}); {MEASURE}", json.dumps((directory, dtype, side, steps))
+    done = subprocess.run([sys.executable, "-c", script, arguments], capture_output=True, text=True)
     if done.returncode:
         reason = "killed, out of memory?" if done.returncode < 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"the process that loads the model ended with {done.returncode} ({reason}).")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(directory: str, dtype: str, side: int, steps: int, lean: bool) -> dict[str, Any]:
+def measure(directory: str, dtype: str, side: int, steps: int) -> dict[str, Any]:
     """Loads a checkpoint, asks 64 random tokens about a random picture of side x side pixels, decodes 2 x `steps` tokens."""
     import jax
 
@@ -151,7 +143,7 @@ def measure(directory: str, dtype: str, side: int, steps: int, lean: bool) -> di
     text = rng.integers(0, image_token, 64).tolist()
     sample = prompt_sample(bundle, [*text[:8], *[image_token] * picture.visual_tokens, *text[8:]], [picture])
     batch, config = assemble_prompts([sample], bundle.config.vision.patch_features), bundle.config
-    params = bundle.params if lean else bundle.decoding_params
+    params = bundle.decoding_params
 
     def encode():
         return jax.block_until_ready(visual_tokens(params, config, batch.images))
@@ -172,12 +164,6 @@ def measure(directory: str, dtype: str, side: int, steps: int, lean: bool) -> di
         "patches": sample.patches, "prompt_tokens": len(sample.tokens), "encode_s": encode_s, "prefill_s": prefill_s,
         "decode_s": decode_s,
     }  # fmt: skip
-
-
-def available_bytes() -> float:
-    """Memory that can be had without swapping; unlimited where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    return 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) if meminfo.exists() else math.inf
 
 
 def peak_bytes() -> int:

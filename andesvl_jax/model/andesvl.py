@@ -84,7 +84,7 @@ def for_decoding(params: AndesVL, dtype: str | None = None) -> AndesVL:
     params = unstack_layers(params)
     vision, projector, decoder = params.vision, params.projector, params.decoder
     stream = lambda tree, dtype=dtype: jax.tree.map(lambda w: stream_matrix(w, dtype), tree, is_leaf=is_leaf)  # noqa: E731
-    if vision.patch.dtype != jnp.float32:
+    if vision.patch.dtype.itemsize < 4:
         vision, projector = vision.replace(layers=stream(vision.layers, None)), stream(projector, None)
     decoder = decoder.replace(
         embedding=stream_table(decoder.embedding, dtype), layers=stream(decoder.layers), head=stream_table(decoder.head, dtype)
