@@ -14,7 +14,7 @@ from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.checkpoints.hf import save
 from andesvl_jax.compression.accounting import bits_per_weight, tree_bytes
 from andesvl_jax.data.corpus import corpus, train_tokenizer
-from andesvl_jax.data.pipeline import Mixture
+from andesvl_jax.data.mixture import Mixture
 from andesvl_jax.decoding.api import stream
 from andesvl_jax.decoding.generate import visual_tokens
 from andesvl_jax.evaluation.benchmarks import VALIDATION_SEED, Item, nano_validation

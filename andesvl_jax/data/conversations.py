@@ -1,4 +1,4 @@
-"""Conversation files as training data: LLaVA-style JSON, and ShareGPT- or ChatML-style JSONL, checked as a whole when opened.
+"""Conversation files as training data: LLaVA-style JSON, and ShareGPT- or ChatML-style JSONL.
 
 A file is a JSON array or one JSON object per line, told apart by its first character. A record holds its turns as
 `conversations: [{"from", "value"}]` or `messages: [{"role", "content"}]`, and its pictures as `image` or `images`, one path or
@@ -6,7 +6,7 @@ a list, for the `<image>` marks in its user turns. Files are hostile: nothing is
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class Conversations(Sequence[list[Message]]):
     Args:
       path: the file. image_root: folder that its picture paths start from and stay inside; None: the file's own.
     Raises:
-      UserError: no such file, or no record, or a record that cannot be learned from: the file, the record counted from 1 and
-        the field are named. Every record is checked here, before training starts; pixels are decoded when they are used.
+      UserError: no such file, or one that is broken or without a record; with an index, a record that cannot be learned from,
+        of which the file, the number counted from 1 and the field are named.
     """
 
     def __init__(self, path: str | Path, image_root: str | Path | None = None):
@@ -43,8 +43,6 @@ class Conversations(Sequence[list[Message]]):
         self._records = _open(self._path)
         if len(self._records) == 0:
             raise UserError(f"{path}: found no record, expected at least one.")
-        for _ in self:
-            pass
 
     def __len__(self) -> int:
         return len(self._records)
@@ -52,19 +50,22 @@ class Conversations(Sequence[list[Message]]):
     def __getitem__(self, index: int) -> list[Message]:
         record = self._records[index]
         try:
-            return read_record(record, self._root)
+            return read_record(record, lambda value, field: _inside(value, field, self._root))
         except UserError as error:
             raise UserError(f"{self._path}: record {index + 1}: {error}") from error
 
 
-def read_record(record: Any, root: Path) -> list[Message]:
+Find = Callable[[Any, str], Any]  # (what a record says of a picture, the field it stands in) -> the picture; raises UserError
+
+
+def read_record(record: Any, find: Find) -> list[Message]:
     """One record as messages for `render_training`: content lists, so that only the marks of user turns are places of pictures.
 
     Args:
-      record: the parsed JSON object. root: resolved folder of its pictures.
+      record: the parsed JSON object. find: gives its pictures.
     Raises:
-      UserError: a missing, unknown or malformed field; marks that are not as many as pictures; a path that leaves `root` or is
-        no file; no answer to learn.
+      UserError: a missing, unknown or malformed field; marks that are not as many as pictures; a picture that `find` refuses;
+        no answer to learn.
     """
     if not isinstance(record, Mapping):
         raise UserError(f"found a {type(record).__name__}, expected an object.")
@@ -77,20 +78,20 @@ def read_record(record: Any, root: Path) -> list[Message]:
     turns = record[layouts[0]]
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{layouts[0]} is {_shown(turns)}, expected a list of at least one turn.")
-    pictures = iter(_pictures(record, root))
+    pictures = iter(_pictures(record, find))
     messages: list[Message] = []
     if record.get("system"):
         messages.append({"role": "system", "content": _text(record["system"], "system")})
     for number, turn in enumerate(turns, start=1):
-        messages.append(_message(turn, f"{layouts[0]}[{number}]", *LAYOUTS[layouts[0]], pictures, root))
-    if (unplaced := next(pictures, None)) is not None:
-        raise UserError(f"picture {unplaced.name} has no {IMAGE_MARK} mark in a user turn, expected one mark for each picture.")
+        messages.append(_message(turn, f"{layouts[0]}[{number}]", *LAYOUTS[layouts[0]], pictures, find))
+    if unplaced := len(list(pictures)):
+        raise UserError(f"pictures without an {IMAGE_MARK} mark in a user turn: {unplaced}, expected one mark for each picture.")
     if not any(message["role"] == "assistant" and _has_text(message) for message in messages):
         raise UserError(f"{layouts[0]} has no answer of the assistant, expected at least one to learn from.")
     return messages
 
 
-def _message(turn: Any, where: str, role_key: str, content_key: str, pictures: Iterator[Path], root: Path) -> Message:
+def _message(turn: Any, where: str, role_key: str, content_key: str, pictures: Iterator[Any], find: Find) -> Message:
     if not isinstance(turn, Mapping):
         raise UserError(f"{where} is {_shown(turn)}, expected an object with {role_key} and {content_key}.")
     name, content = turn.get(role_key), turn.get(content_key)
@@ -108,13 +109,13 @@ def _message(turn: Any, where: str, role_key: str, content_key: str, pictures: I
         if kind == "text":
             items += _text(item.get("text"), where)
         elif kind in ("image", "image_url") and role == "user":
-            items.append({"type": "image", "image": _picture_of(item, where, pictures, root)})
+            items.append({"type": "image", "image": _picture_of(item, where, pictures, find)})
         else:
             raise UserError(f"{where} has an item of type {_shown(kind)}, expected text, or image or image_url in a user turn.")
     return {"role": role, "content": items}
 
 
-def _placed(content: str, where: str, pictures: Iterator[Path]) -> list[Mapping[str, Any]]:
+def _placed(content: str, where: str, pictures: Iterator[Any]) -> list[Mapping[str, Any]]:
     """A user's string with the record's next pictures at its marks."""
     first, *others = content.split(IMAGE_MARK)
     items = _text(first, where)
@@ -126,27 +127,27 @@ def _placed(content: str, where: str, pictures: Iterator[Path]) -> list[Mapping[
     return items
 
 
-def _picture_of(item: Mapping[str, Any], where: str, pictures: Iterator[Path], root: Path) -> Path:
+def _picture_of(item: Mapping[str, Any], where: str, pictures: Iterator[Any], find: Find) -> Any:
     """The picture of a content item: its own path, or the record's next picture where it names none."""
     value = item.get(item["type"])
     if isinstance(value, Mapping):
         value = value.get("url")
     if value is not None:
-        return _inside(value, where, root)
+        return find(value, where)
     picture = next(pictures, None)
     if picture is None:
         raise UserError(f"{where} has an item of type {item['type']} without a path, and the record has no further picture.")
     return picture
 
 
-def _pictures(record: Mapping[str, Any], root: Path) -> list[Path]:
+def _pictures(record: Mapping[str, Any], find: Find) -> list[Any]:
     fields = [name for name in ("image", "images") if record.get(name) is not None]
     if len(fields) > 1:
         raise UserError("has image and images, expected one of them.")
     if not fields:
         return []
     value = record[fields[0]]
-    return [_inside(path, fields[0], root) for path in (value if isinstance(value, list) else [value])]
+    return [find(path, fields[0]) for path in (value if isinstance(value, list) else [value])]
 
 
 def _inside(value: Any, field: str, root: Path) -> Path:

@@ -1,147 +1,189 @@
-"""Grain pipeline: a weighted mixture of sources -> samples -> packed batches, with a state small enough to checkpoint.
+"""Grain pipeline: conversations -> samples -> packed batches, with a state small enough to checkpoint.
 
-A source gives examples of a task family or the messages of a conversation file.
+The endless order of examples is dealt to `shards` packers: shard s takes examples s, s + shards, ... and fills its own rows of
+every batch. A host works for some of the shards, so the number of hosts changes no batch, only who makes which rows.
 """
 
-from dataclasses import dataclass, field
-from typing import Mapping
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
 from grain import experimental as grain_experimental
+from PIL import Image
 
-from andesvl_jax.data.conversations import Conversations
-from andesvl_jax.data.examples import MANY, Example
-from andesvl_jax.data.registry import TASKS, render
+from andesvl_jax.data.best_fit import next_row
+from andesvl_jax.data.mixture import RESIZES, Bad, Mixture, examples
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.chat import Message, images_of, render_training
-from andesvl_jax.inputs.image import ImageProcessor, prepare_image
-from andesvl_jax.inputs.packing import Batch, Budget, Sample, assemble, make_sample
+from andesvl_jax.inputs.image import MAX_PIXELS, ImageProcessor, ImageSource, open_image, prepare_image
+from andesvl_jax.inputs.packing import Batch, Budget, Sample, assemble, make_sample, over, sizes
 from andesvl_jax.inputs.tokenizer import Tokenizer
 
-LOOK_AHEAD = 8  # samples that may wait for a later batch when they fit no row of this one
+LOOK_AHEAD = 32  # samples of a shard that a row is chosen from; from 16 to 64 rows fill by 1 % more (benchmarks/packing.py)
+THREADS = 2  # that prepare samples of a shard
+FEW = 1000  # drawn examples below which the share of bad ones is taken of this number
+
+Unit = Sample | tuple[Sample, ...]  # what stays together in one row: a conversation, or both answers of a preference pair
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Share of each task family or conversation file; those with weight 0 are left out."""
-
-    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
-    ramp: int = 0  # examples of a family over which its pictures fill up from one thing to many
-    split: str = "train"
-    seed: int = 0
-    files: Mapping[str, str] = field(default_factory=dict)  # name of a source -> conversation file, see `data.conversations`
-    image_root: str | None = None  # folder of the files' pictures; None: each file's own
-
-    def __post_init__(self):
-        unknown = sorted(set(self.weights) - set(TASKS) - set(self.files))
-        if unknown:
-            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {', '.join((*TASKS, *self.files))}.")
-        taken = sorted(set(self.files) & set(TASKS))
-        if taken:
-            raise UserError(f"data.files names {taken[0]!r}, which is a task family; expected another name.")
-        if not any(weight > 0 for weight in self.weights.values()):
-            raise UserError(
-                f"data.weights is {dict(self.weights)}: the dataset is empty, expected a positive weight for some source."
-            )
-
-
-def crowd_at(index: int, ramp: int) -> int:
-    """How many things a picture may hold: one in the first third of the ramp, then more step by step."""
-    if index >= ramp:
-        return MANY
-    return max(1, 1 + int((MANY - 1) * (3 * index - ramp) / (2 * ramp)))
-
-
-def examples(mixture: Mixture) -> grain.MapDataset:
-    """An endless random-access dataset of examples and conversations: element i is a pure function of (mixture, i)."""
-    weights = {source: weight for source, weight in mixture.weights.items() if weight > 0}
-
-    def of(source: str) -> grain.MapDataset:
-        if source in mixture.files:
-            records = grain.MapDataset.source(Conversations(mixture.files[source], mixture.image_root))
-            return records.shuffle(seed=mixture.seed).repeat()
-        return grain.MapDataset.range(1 << 40).map(
-            lambda i: render(source, mixture.seed, int(i), mixture.split, crowd_at(int(i), mixture.ramp))
-        )
-
-    return grain.MapDataset.mix([of(source) for source in weights], list(weights.values()))
-
-
-def messages_of(example: Example) -> list[Message]:
-    """An example as a conversation: its pictures stand before the first question."""
-    messages = []
-    for i, turn in enumerate(example.turns):
-        pictures = [{"type": "image", "image": image} for image in example.images] if i == 0 else []
-        question = [*pictures, {"type": "text", "text": turn.question}]
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
-    return messages
-
-
-def to_sample(example: Example | list[Message], tokenizer: Tokenizer, processor: ImageProcessor, average="token") -> Sample:
-    """One conversation with its pictures prepared and its answers supervised."""
-    messages = messages_of(example) if isinstance(example, Example) else example
-    prepared = [prepare_image(image, processor) for image in images_of(messages)]
+def to_sample(
+    messages: list[Message], tokenizer: Tokenizer, processor: ImageProcessor, average="token", scale: float = 1.0
+) -> Sample:
+    """One conversation with its pictures, their sides times `scale`, prepared and its answers supervised."""
+    pictures = images_of(messages)
+    if scale != 1:
+        pictures = [scaled(picture, scale) for picture in pictures]
+    prepared = [prepare_image(picture, processor) for picture in pictures]
     ids, supervised = render_training(messages, tokenizer, [p.visual_tokens for p in prepared])
     return make_sample(ids, supervised, prepared, tokenizer.image_token_id, average)
 
 
-class PackedBatches(grain.IterDataset[Batch]):
-    """Packs an endless MapDataset of samples into batches of one static shape."""
+def scaled(picture: ImageSource, scale: float) -> Image.Image:
+    """The picture with both sides times `scale`, at least 1 pixel and at most MAX_PIXELS in all."""
+    image = open_image(picture)
+    scale = min(scale, (MAX_PIXELS / (image.width * image.height)) ** 0.5)
+    return image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
 
-    def __init__(self, samples: grain.MapDataset, budget: Budget, patch_features: int):
+
+def samples_of(
+    mixture: Mixture, tokenizer: Tokenizer, processor: ImageProcessor, average="token"
+) -> grain.MapDataset[Sample | Bad]:
+    """The mixture's examples as samples; example i is resized by a factor that depends on (mixture, i) alone."""
+
+    def prepare(index: int, messages: list[Message] | Bad) -> Sample | Bad:
+        if isinstance(messages, Bad):
+            return messages
+        try:
+            scale = RESIZES[mixture.resize](np.random.default_rng([mixture.seed, index]))
+            return to_sample(messages, tokenizer, processor, average, scale)
+        except UserError as error:
+            return Bad(f"example {index}: {error}")
+
+    return examples(mixture).map_with_index(prepare)
+
+
+class PackedBatches(grain.IterDataset[Batch]):
+    """Packs an endless MapDataset of units, or of Bad ones, into batches of one static shape.
+
+    Args:
+      budget: of the whole batch; a host makes the rows of its shards, `budget.rows` / `hosts` of them.
+      shards: packers of the whole batch. host, hosts: this process's number and their count.
+      max_bad: share of bad units at which the iterator raises UserError.
+    """
+
+    def __init__(
+        self, units: grain.MapDataset[Unit | Bad], budget: Budget, patch_features: int, shards=1, host=0, hosts=1, max_bad=0.01
+    ):  # fmt: skip
         super().__init__()
-        self._samples, self._budget, self._patch_features = samples, budget, patch_features
+        if budget.rows % shards:
+            raise UserError(f"data.shards is {shards}, expected a divisor of budget.rows = {budget.rows}.")
+        if shards % hosts:
+            raise UserError(f"data.shards is {shards}, expected a multiple of the number of hosts, {hosts}.")
+        self.units, self.budget, self.patch_features, self.shards, self.max_bad = units, budget, patch_features, shards, max_bad
+        self.own = range(host * shards // hosts, (host + 1) * shards // hosts)
 
     def __iter__(self) -> "PackedIterator":
-        return PackedIterator(self._samples, self._budget, self._patch_features)
+        return PackedIterator(self)
 
 
 class PackedIterator(grain.DatasetIterator[Batch]):
-    """State: the next sample to draw and the indices of those that still wait for a row."""
+    """State: of each shard the number of examples drawn, those of them that still wait for a row, and how many were bad."""
 
-    def __init__(self, samples: grain.MapDataset, budget: Budget, patch_features: int):
+    def __init__(self, dataset: PackedBatches):
         super().__init__()
-        self._samples, self._budget, self._patch_features = samples, budget, patch_features
-        self._next, self._waiting = 0, {}
+        self._shards = {str(s): _Shard(dataset.units[s :: dataset.shards], dataset.budget, dataset.max_bad) for s in dataset.own}
+        self._rows_per_shard = dataset.budget.rows // dataset.shards
+        rows = self._rows_per_shard * len(self._shards)
+        self._budget, self._patch_features = Budget(rows, *dataset.budget.sizes), dataset.patch_features
 
     def __next__(self) -> Batch:
-        rows: list[list[Sample]] = [[] for _ in range(self._budget.rows)]
-        for index, sample in list(self._waiting.items()):
-            if self._place(rows, sample):
-                del self._waiting[index]
-        while len(self._waiting) < LOOK_AHEAD:
-            index, self._next = self._next, self._next + 1
-            sample = self._samples[index]
-            if not self._budget.holds([sample]):
-                raise UserError(
-                    f"sample {index} has {len(sample.tokens)} tokens, {sample.patches} patches and {sample.targets} targets, "
-                    f"expected at most {self._budget.tokens}, {self._budget.patches} and {self._budget.targets} (budget)."
-                )
-            if not self._place(rows, sample):
-                self._waiting[index] = sample
+        rows = [shard.next_row() for shard in self._shards.values() for _ in range(self._rows_per_shard)]
         return assemble(rows, self._budget, self._patch_features)
 
-    def _place(self, rows: list[list[Sample]], sample: Sample) -> bool:
-        fitting = [row for row in rows if self._budget.holds([*row, sample])]
-        if fitting:
-            max(fitting, key=lambda row: sum(len(s.tokens) for s in row)).append(sample)  # best fit: the fullest row
-        return bool(fitting)
+    def get_state(self) -> dict[str, dict[str, Any]]:
+        return {name: shard.get_state() for name, shard in self._shards.items()}
 
-    def get_state(self) -> dict:
-        waiting = np.full(LOOK_AHEAD, -1, np.int64)
-        waiting[: len(self._waiting)] = list(self._waiting)
-        return {"next": self._next, "waiting": waiting.tolist()}
+    def set_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """Raises UserError for a state that lacks one of this host's shards; those of other hosts are ignored."""
+        missing = [name for name in self._shards if name not in state]
+        if missing:
+            raise UserError(
+                f"the data state has shards {', '.join(state)}, expected {missing[0]} too: join the states of all hosts, and "
+                "keep data.shards as it was."
+            )
+        for name, shard in self._shards.items():
+            shard.set_state(state[name])
 
-    def set_state(self, state: dict) -> None:
-        self._next = int(state["next"])
-        self._waiting = {int(i): self._samples[int(i)] for i in state["waiting"] if i >= 0}
+
+def join_states(states: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """One state that any host of any number of hosts can start from, made of those of all hosts of a run."""
+    return {shard: place for state in states for shard, place in state.items()}
+
+
+class _Shard:
+    """One packer over every `shards`-th example; numbers count the examples of this shard."""
+
+    def __init__(self, units: grain.MapDataset[Unit | Bad], budget: Budget, max_bad: float):
+        self._units, self._budget, self._max_bad = units, budget, max_bad
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)
+        self._ahead = iter(units.to_iter_dataset(options))
+        self._waiting: dict[int, tuple[Sample, ...]] = {}
+        self._drawn = self._bad = 0
+
+    def next_row(self) -> list[Sample]:
+        """Samples of the next row; the members of a unit stand next to each other."""
+        waiting = {number: sizes(unit) for number, unit in self._waiting.items()}
+        chosen = next_row(waiting, self._draws(), self._budget.sizes, LOOK_AHEAD)
+        return [sample for number in chosen for sample in self._waiting.pop(number)]
+
+    def _draws(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
+        """Further good units, which it adds to those that wait; bad ones are counted."""
+        while True:
+            unit = self._checked(next(self._ahead))
+            number, self._drawn = self._drawn, self._drawn + 1
+            if isinstance(unit, Bad):
+                self._skip(unit)
+            else:
+                self._waiting[number] = unit
+                yield number, sizes(unit)
+
+    def _checked(self, unit: Unit | Bad) -> tuple[Sample, ...] | Bad:
+        if isinstance(unit, Bad):
+            return unit
+        unit = unit if isinstance(unit, tuple) else (unit,)
+        return unit if self._budget.holds(unit) else Bad(f"example {self._drawn} of its shard {over(unit, self._budget)}")
+
+    def _skip(self, bad: Bad) -> None:
+        self._bad += 1
+        found = f"{self._bad} of {self._drawn} records so far cannot be learned from, the last because: {bad.reason}"
+        if self._bad > self._max_bad * max(self._drawn, FEW):
+            raise UserError(f"{found} The share is above data.max_bad = {self._max_bad}: mend the data, or raise it.")
+        if self._bad & (self._bad - 1) == 0:  # 1, 2, 4, ...: a long run does not drown in them
+            logging.getLogger(__name__).warning("skipped: %s", found)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"drawn": self._drawn, "waiting": list(self._waiting), "bad": self._bad}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._drawn, self._bad = int(state["drawn"]), int(state["bad"])
+        self._ahead.set_state({"next_index": self._drawn})
+        self._waiting = {}
+        for number in map(int, state["waiting"]):
+            unit = self._checked(self._units[number])
+            if isinstance(unit, Bad):
+                raise UserError(
+                    f"an example that waits for its row cannot be read any more, expected the data of before: {unit.reason}"
+                )
+            self._waiting[number] = unit
 
 
 def batches(
-    mixture: Mixture, tokenizer: Tokenizer, processor: ImageProcessor, budget: Budget, patch_features: int, average="token"
-):
-    """The training input: an endless Grain dataset of packed batches, prepared one ahead in a thread."""
-    samples = examples(mixture).map(lambda example: to_sample(example, tokenizer, processor, average))
-    packed = PackedBatches(samples, budget, patch_features)
+    mixture: Mixture, tokenizer: Tokenizer, processor: ImageProcessor, budget: Budget, patch_features: int, average="token",
+    host: int = 0, hosts: int = 1,
+):  # fmt: skip
+    """The training input of a host: an endless Grain dataset of packed batches, prepared ahead in threads."""
+    samples = samples_of(mixture, tokenizer, processor, average)
+    packed = PackedBatches(samples, budget, patch_features, mixture.shards, host, hosts, mixture.max_bad)
     return grain_experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2)

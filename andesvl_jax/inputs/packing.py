@@ -4,7 +4,7 @@ B batch rows, T tokens, P patches, M supervised tokens of a row. Everything here
 """
 
 from dataclasses import dataclass
-from typing import Iterable, Literal, Sequence
+from typing import Literal, Sequence
 
 import numpy as np
 from flax import struct
@@ -83,12 +83,27 @@ class Budget:
     patches: int
     targets: int
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """What a row holds: tokens, patches, targets."""
+        return self.tokens, self.patches, self.targets
+
     def holds(self, samples: Sequence[Sample]) -> bool:
-        return (
-            sum(len(s.tokens) for s in samples) <= self.tokens
-            and sum(s.patches for s in samples) <= self.patches
-            and sum(s.targets for s in samples) <= self.targets
-        )
+        return all(size <= room for size, room in zip(sizes(samples), self.sizes, strict=True))
+
+
+def sizes(samples: Sequence[Sample]) -> tuple[int, int, int]:
+    """Tokens, patches and targets of samples that share a row."""
+    return sum(len(s.tokens) for s in samples), sum(s.patches for s in samples), sum(s.targets for s in samples)
+
+
+def over(samples: Sequence[Sample], budget: Budget) -> str:
+    """The end of a sentence about samples that do not fit a row."""
+    found, most = sizes(samples), budget.sizes
+    return (
+        f"has {found[0]} tokens, {found[1]} patches and {found[2]} targets, expected at most {most[0]}, {most[1]} and {most[2]} "
+        "(budget)."
+    )
 
 
 def make_sample(
@@ -130,11 +145,7 @@ def assemble(rows: Sequence[Sequence[Sample]], budget: Budget, patch_features: i
     )
     for r, samples in enumerate(rows):
         if not budget.holds(samples):
-            raise UserError(
-                f"row {r} has {sum(len(s.tokens) for s in samples)} tokens, {sum(s.patches for s in samples)} patches and "
-                f"{sum(s.targets for s in samples)} targets, expected at most {budget.tokens}, {budget.patches} and "
-                f"{budget.targets}."
-            )
+            raise UserError(f"row {r} {over(samples, budget)}")
         t = p = m = image_number = 0
         for number, sample in enumerate(samples):
             span = slice(t, t + len(sample.tokens))
@@ -160,6 +171,14 @@ def assemble(rows: Sequence[Sequence[Sample]], budget: Budget, patch_features: i
     )
 
 
+def fill(batch: Batch) -> dict[str, float]:
+    """Share of the slots in use, 0..1: tokens, patches and targets. The largest is that of the tightest budget."""
+    used = {"tokens": batch.segments, "targets": batch.target_slots}
+    if batch.images is not None:
+        used["patches"] = batch.images.segments
+    return {name: float(np.mean(slots >= 0)) for name, slots in used.items() if slots.size}
+
+
 def assemble_prompts(samples: Sequence[Sample], patch_features: int) -> Batch:
     """One prompt per row, padded to buckets: the number of compiled programs is the number of bucket pairs.
 
@@ -174,15 +193,3 @@ def assemble_prompts(samples: Sequence[Sample], patch_features: int) -> Batch:
     patches = max(s.patches for s in samples)
     budget = Budget(len(samples), bucket(max(len(s.tokens) for s in samples)), bucket(patches) if patches else 0, 0)
     return assemble([[s] for s in samples], budget, patch_features)
-
-
-def pack(samples: Iterable[Sample], budget: Budget) -> list[list[Sample]]:
-    """Best fit: each sample goes to the fullest row that still holds it; rows are opened as needed."""
-    rows: list[list[Sample]] = []
-    for sample in samples:
-        open_rows = [row for row in rows if budget.holds([*row, sample])]
-        if open_rows:
-            max(open_rows, key=lambda row: sum(len(s.tokens) for s in row)).append(sample)
-        else:
-            rows.append([sample])
-    return rows

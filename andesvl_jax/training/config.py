@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Sequence
 
 from andesvl_jax.config import CONFIGS, AndesVLConfig
-from andesvl_jax.data.pipeline import Mixture
+from andesvl_jax.data.mixture import Mixture
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.packing import Budget
 

@@ -4,7 +4,7 @@ import pytest
 
 from andesvl_jax.config import AndesVLConfig, TextConfig, VisionConfig
 from andesvl_jax.data.corpus import corpus, train_tokenizer
-from andesvl_jax.data.pipeline import Mixture
+from andesvl_jax.data.mixture import Mixture
 from andesvl_jax.inputs.packing import Budget
 from andesvl_jax.training.config import Optimizer, TrainConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from andesvl_jax.data.pipeline import Mixture
+from andesvl_jax.data.mixture import Mixture
 from andesvl_jax.errors import UserError
 from andesvl_jax.training.config import TrainConfig, load_config, with_changes
 
