@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.chat import IMAGE_MARK, Message
@@ -89,6 +90,13 @@ def read_record(record: Any, find: Find) -> list[Message]:
     if not any(message["role"] == "assistant" and _has_text(message) for message in messages):
         raise UserError(f"{layouts[0]} has no answer of the assistant, expected at least one to learn from.")
     return messages
+
+
+def inside_record(picture: Any, field: str) -> Image.Image:
+    """The `find` of sources whose pictures stand in the record itself: decoded ones pass, names of other places do not."""
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"{field} is {_shown(picture)}, expected only the pictures of the record itself, in their order.")
+    return picture
 
 
 def _message(turn: Any, where: str, role_key: str, content_key: str, pictures: Iterator[Any], find: Find) -> Message:

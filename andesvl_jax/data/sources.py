@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from andesvl_jax.data.array_record import ArrayRecords
 from andesvl_jax.data.conversations import Conversations
 from andesvl_jax.data.examples import MANY, Example
 from andesvl_jax.data.registry import render
+from andesvl_jax.data.tar import TarShard
+from andesvl_jax.data.tsv import QuestionTable
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.chat import Message
 
@@ -62,6 +65,9 @@ def messages_of(example: Example) -> list[Message]:
 READERS: dict[str, Callable[[str, str | None], Source]] = {
     ".json": Conversations,
     ".jsonl": Conversations,
+    ".tsv": QuestionTable,
+    ".tar": TarShard,
+    ".array_record": ArrayRecords,
 }
 
 
