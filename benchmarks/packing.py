@@ -68,7 +68,7 @@ def main() -> None:
         tokenizer = Tokenizer.load(folder)
     cases = [
         (f"demo: {name}", lambda name=name: demo_stream(name, tokenizer), STAGES[name].budget.sizes)
-        for name in ("colours", "everything")
+        for name in ("one thing", "everything")
     ] + [
         (f"heavy-tailed, rows of {tokens:,}", heavy_stream, (tokens, 2 * tokens, tokens // 2)) for tokens in (4096, 8192, 16384)
     ]  # fmt: skip
