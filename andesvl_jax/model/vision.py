@@ -58,7 +58,7 @@ def describe_vision(config: VisionConfig) -> Vision:
 
     layers = VisionLayer(
         norm1=vector(c, "embed", "ones"), norm1_bias=vector(c, "embed", present=not aimv2),
-        qkv=matrix(c, 3 * c, "embed", "heads"), qkv_bias=vector(3 * c, "heads", present=config.qkv_bias),
+        qkv=matrix(c, 3 * c, "embed", "qkv"), qkv_bias=vector(3 * c, "qkv", present=config.qkv_bias),
         proj=matrix(c, c, "heads", "embed", init="residual"), proj_bias=vector(c, "embed", present=config.use_bias),
         norm2=vector(c, "embed", "ones"), norm2_bias=vector(c, "embed", present=not aimv2),
         fc1=matrix(c, f, "embed", "mlp"), fc1_bias=vector(f, "mlp", present=config.use_bias),
