@@ -163,9 +163,10 @@ def batch_shards(mesh: Mesh | None) -> int:
 
 def check_rows(budget: Budget, mesh: Mesh) -> None:
     """Raises UserError when the rows of a batch do not divide among the devices."""
-    if budget.rows % batch_shards(mesh):
+    parts = batch_shards(mesh)
+    if budget.rows % parts:
         raise UserError(
-            f"training field budget.rows: found {budget.rows}, expected a multiple of {batch_shards(mesh)} = data x fsdp of the mesh."
+            f"training field budget.rows: found {budget.rows}, expected a multiple of {parts} = data x fsdp of --mesh."
         )
 
 

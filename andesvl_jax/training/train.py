@@ -31,7 +31,14 @@ from andesvl_jax.training.metrics import MetricsWriter, write_run_record
 from andesvl_jax.training.objectives import cross_entropy
 from andesvl_jax.training.optimizer import freeze, make_optimizer
 from andesvl_jax.training.sharding import (
-    batch_sharding, batch_shards, check_rows, gather, make_mesh, optimizer_shardings, param_shardings, placement,
+    batch_sharding,
+    batch_shards,
+    check_rows,
+    gather,
+    make_mesh,
+    optimizer_shardings,
+    param_shardings,
+    placement,
     sharding_table,
 )  # fmt: skip
 from andesvl_jax.weights import abstract, initialize
@@ -76,6 +83,8 @@ def train_step(
       the new state; metrics: loss, gradient_norm, update_norm, targets, tokens, skipped (steps in a row), float32 [] each.
     """
     (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, config, batch, optimizer, mesh)
+    if mesh is not None:
+        grads = jax.lax.with_sharding_constraint(grads, param_shardings(config, mesh))
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, moments = make_optimizer(optimizer, describe(config), steps).update(grads, state.optimizer, state.params)

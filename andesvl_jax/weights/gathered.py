@@ -31,7 +31,10 @@ def relayout(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Ar
 
 relayout.defvjp(
     lambda x, stored, used: (relayout(x, stored, used), None),
-    lambda stored, used, _, gradient: (jax.lax.with_sharding_constraint(gradient, stored),),
+    # each device's share is summed whole before it is cut: a scatter into a cut table would spread the activations instead
+    lambda stored, used, _, gradient: (
+        jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, used), stored),
+    ),
 )
 
 
