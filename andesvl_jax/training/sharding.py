@@ -161,6 +161,20 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ShardingRules().batch)
 
 
+def sum_over_rows(fn: Callable, mesh: Mesh | None) -> Callable:
+    """fn(params, *arrays [B, ...]) -> sums over rows, run by each device on its own rows; what comes out is summed over all.
+
+    A loop inside fn then adds up the gradient of `params` on each device, and the devices' sums travel once, not every round.
+    """
+    if mesh is None:
+        return fn
+    rows = ShardingRules().batch
+    local = lambda params, *arrays: jax.lax.psum(fn(params, *arrays), rows)  # noqa: E731
+    return lambda params, *arrays: jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), *[P(rows)] * len(arrays)), out_specs=P(), axis_names=set(rows)
+    )(params, *arrays)
+
+
 def check_rows(budget: Budget, mesh: Mesh) -> None:
     """Raises UserError when the rows of a batch do not divide among the devices."""
     parts = batch_shards(mesh)

@@ -32,7 +32,6 @@ from andesvl_jax.training.objectives import cross_entropy
 from andesvl_jax.training.optimizer import freeze, make_optimizer
 from andesvl_jax.training.sharding import (
     batch_sharding,
-    batch_shards,
     check_rows,
     gather,
     make_mesh,
@@ -40,6 +39,7 @@ from andesvl_jax.training.sharding import (
     param_shardings,
     placement,
     sharding_table,
+    sum_over_rows,
 )  # fmt: skip
 from andesvl_jax.weights import abstract, initialize
 
@@ -65,9 +65,8 @@ def loss_fn(
     if platform == "cpu":  # measured by `andesvl bench train_step`: a scanned step is slower there
         params = unstack_layers(params)
     hidden = forward(params, config, batch)
-    total, weight = cross_entropy(
-        params, hidden, batch.target_slots, batch.targets, batch.target_weights, shards=batch_shards(mesh)
-    )
+    head = AndesVL(None, None, params.decoder.replace(layers=None))
+    total, weight = sum_over_rows(cross_entropy, mesh)(head, hidden, batch.target_slots, batch.targets, batch.target_weights)
     return total / jnp.maximum(weight, 1.0), weight
 
 
