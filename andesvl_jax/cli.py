@@ -7,6 +7,7 @@ import runpy
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -97,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, help="run directory")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field, e.g. optimizer.decoder=1e-3"
+    )
+    train.add_argument(
+        "--mesh", metavar="AXES", help="spread over all devices, e.g. data=2,fsdp=-1 (-1: the rest; axes: data, fsdp, tensor)"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
@@ -212,6 +216,8 @@ def _train(args) -> dict[str, Any]:
     from andesvl_jax.training.train import train
 
     config = load_config(args.config, args.set)
+    if args.mesh is not None:
+        config = replace(config, mesh=args.mesh)
     train(config, args.out, args.resume, _command())
     return {"out": args.out, "model": f"{args.out}/model", "steps": config.steps}
 

@@ -58,7 +58,7 @@ def describe_vision(config: VisionConfig) -> Vision:
 
     layers = VisionLayer(
         norm1=vector(c, "embed", "ones"), norm1_bias=vector(c, "embed", present=not aimv2),
-        qkv=matrix(c, 3 * c, "embed", "heads"), qkv_bias=vector(3 * c, "heads", present=config.qkv_bias),
+        qkv=matrix(c, 3 * c, "embed", "qkv"), qkv_bias=vector(3 * c, "qkv", present=config.qkv_bias),
         proj=matrix(c, c, "heads", "embed", init="residual"), proj_bias=vector(c, "embed", present=config.use_bias),
         norm2=vector(c, "embed", "ones"), norm2_bias=vector(c, "embed", present=not aimv2),
         fc1=matrix(c, f, "embed", "mlp"), fc1_bias=vector(f, "mlp", present=config.use_bias),
@@ -105,7 +105,8 @@ def encode(params: Vision, config: AndesVLConfig, x, coordinates, segments) -> j
     def layer(x, p: VisionLayer, full):
         b, t, _ = x.shape
         y = norm(x, p.norm1, p.norm1_bias)
-        q, k, v = (a.reshape(b, t, -1, h) for a in jnp.split(dot(y, p.qkv, p.qkv_bias), [c, 2 * c], axis=-1))
+        y = dot(y, p.qkv, p.qkv_bias).reshape(b, t, 3, -1, h)  # so that a cut between heads is none through q, k and v
+        q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
         if vision.use_rope:
             q, k = rotate(q, turn), rotate(k, turn)
         place = Place(present, segments if windows is None else jnp.where(full, segments, windows))

@@ -43,6 +43,7 @@ class TrainConfig:
     max_size: int = 733  # square root of the pixel budget of a picture
     min_tokens: int = 4  # pictures with fewer visual tokens are scaled up
     optimizer: Optimizer = Optimizer()
+    mesh: str | None = None  # "data=2,fsdp=-1", see `training.sharding.make_mesh`; None: one device
     steps: int = 1000
     seed: int = 0
     log_every: int = 20

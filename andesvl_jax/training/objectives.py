@@ -33,5 +33,5 @@ def cross_entropy(
         picked = jnp.take_along_axis(scores, jnp.maximum(y, 0)[:, None], axis=1)[:, 0]
         return total + jnp.sum(w * (jax.nn.logsumexp(scores, axis=-1) - picked)), None
 
-    loss, _ = jax.lax.scan(chunk_loss, jnp.zeros(()), (chosen, chunks(targets), chunks(weights)))
+    loss, _ = jax.lax.scan(chunk_loss, jnp.zeros_like(weights, shape=()), (chosen, chunks(targets), chunks(weights)))
     return loss, jnp.sum(weights)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from andesvl_jax.checkpoints.bundle import Bundle
@@ -28,7 +30,18 @@ from andesvl_jax.training.config import Optimizer, TrainConfig
 from andesvl_jax.training.metrics import MetricsWriter, write_run_record
 from andesvl_jax.training.objectives import cross_entropy
 from andesvl_jax.training.optimizer import freeze, make_optimizer
-from andesvl_jax.weights import initialize
+from andesvl_jax.training.sharding import (
+    batch_sharding,
+    check_rows,
+    gather,
+    make_mesh,
+    optimizer_shardings,
+    param_shardings,
+    placement,
+    sharding_table,
+    sum_over_rows,
+)  # fmt: skip
+from andesvl_jax.weights import abstract, initialize
 
 MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run stops
 
@@ -41,24 +54,36 @@ class TrainState:
     skipped: jax.Array  # int32 [], steps in a row that were not finite
 
 
-def loss_fn(params: AndesVL, config: AndesVLConfig, batch: Batch, optimizer: Optimizer) -> tuple[jax.Array, jax.Array]:
+def loss_fn(
+    params: AndesVL, config: AndesVLConfig, batch: Batch, optimizer: Optimizer, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Weighted mean cross-entropy over the supervised tokens of the whole batch, and the sum of their weights."""
     params = freeze(params, optimizer)
-    if jax.default_backend() == "cpu":  # measured by `andesvl bench train_step`: a scanned step is slower there
+    if mesh is not None:
+        params = gather(params, config, mesh)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "cpu":  # measured by `andesvl bench train_step`: a scanned step is slower there
         params = unstack_layers(params)
     hidden = forward(params, config, batch)
-    total, weight = cross_entropy(params, hidden, batch.target_slots, batch.targets, batch.target_weights)
+    head = AndesVL(None, None, params.decoder.replace(layers=None))
+    total, weight = sum_over_rows(cross_entropy, mesh)(head, hidden, batch.target_slots, batch.targets, batch.target_weights)
     return total / jnp.maximum(weight, 1.0), weight
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames=("state",))
-def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer: Optimizer, steps: jax.Array | int):
+@functools.partial(jax.jit, static_argnames=("config", "optimizer", "mesh"), donate_argnames=("state",))
+def train_step(
+    state: TrainState, batch: Batch, config: AndesVLConfig, optimizer: Optimizer, steps: jax.Array | int, mesh: Mesh | None = None
+):
     """One update of `steps`. A loss or gradient that is not finite leaves parameters and moments as they were.
 
+    Args:
+      mesh: where state (`state_shardings`) and batch (`batch_sharding`) lie, and the new state will; None: on one device.
     Returns:
       the new state; metrics: loss, gradient_norm, update_norm, targets, tokens, skipped (steps in a row), float32 [] each.
     """
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, config, batch, optimizer)
+    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, config, batch, optimizer, mesh)
+    if mesh is not None:
+        grads = jax.lax.with_sharding_constraint(grads, param_shardings(config, mesh))
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, moments = make_optimizer(optimizer, describe(config), steps).update(grads, state.optimizer, state.params)
@@ -69,6 +94,8 @@ def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer
         optimizer=keep(moments, state.optimizer),
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
+    if mesh is not None:
+        new = jax.lax.with_sharding_constraint(new, state_shardings(config, optimizer, mesh))
     metrics = {
         "loss": loss, "gradient_norm": norm, "update_norm": optax.tree.norm(updates), "skipped": new.skipped,
         "targets": jnp.sum(batch.target_slots >= 0), "tokens": jnp.sum(batch.segments >= 0),
@@ -76,8 +103,19 @@ def train_step(state: TrainState, batch: Batch, config: AndesVLConfig, optimizer
     return new, metrics
 
 
-def init_state(config: TrainConfig, params: AndesVL | None = None) -> TrainState:
-    """Fresh parameters (or those given) with fresh moments."""
+def state_shardings(config: AndesVLConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """A state of `NamedSharding`: moments in parts like the parameters, counters whole."""
+    description, whole, params = describe(config), NamedSharding(mesh, P()), param_shardings(config, mesh)
+    transform = make_optimizer(optimizer, description, 1)
+    moments = optimizer_shardings(transform, abstract(description, config.param_dtype), params, mesh)
+    return TrainState(whole, params, moments, whole)
+
+
+def init_state(config: TrainConfig, params: AndesVL | None = None, mesh: Mesh | None = None) -> TrainState:
+    """Fresh parameters (or those given) with fresh moments; on a mesh every device makes its own part only."""
+    if mesh is not None:
+        at = state_shardings(config.model, config.optimizer, mesh)
+        return jax.jit(functools.partial(init_state, config), out_shardings=at)(params)
     if params is None:
         params = initialize(describe(config.model), jax.random.key(config.seed), config.model.param_dtype)
     moments = make_optimizer(config.optimizer, describe(config.model), config.steps).init(params)
@@ -91,19 +129,27 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
       UserError: `out` holds a run and resume is False, there is no tokenizer, or the loss stays non-finite.
     """
     out = Path(out)
+    mesh = None if config.mesh is None else make_mesh(config.mesh)
+    if mesh is not None:
+        check_rows(config.budget, mesh)
+        print(sharding_table(config.model, mesh))
     manager = open_manager(out / "checkpoints", config.keep)
     if manager.latest_step() is not None and not resume:
         raise UserError(f"{out}: holds a run up to step {manager.latest_step()}; give --resume or another --out.")
 
     # ---- model and data
-    start = None if config.init_from is None else load(config.init_from, config.model.param_dtype)
+    start = (
+        None
+        if config.init_from is None
+        else load(config.init_from, config.model.param_dtype, sharding=placement(config.model, mesh))
+    )
     tokenizer = start.tokenizer if config.tokenizer is None and start else Tokenizer.load(config.tokenizer or out)
     if tokenizer is None:
         raise UserError(f"{config.tokenizer or out}: has no tokenizer.json, expected one beside the run or in init_from.")
     model = config.model.replace(image_token_id=tokenizer.image_token_id)
     processor = ImageProcessor.from_hf({"min_tokens": config.min_tokens}, model.vision, max_size=config.max_size)
     data = iter(batches(config.data, tokenizer, processor, config.budget, model.vision.patch_features, config.loss_average))
-    state = init_state(config, None if start is None else start.params)
+    state = init_state(config, None if start is None else start.params, mesh)
     if resume:
         state = restore_latest(manager, state, data)
     write_run_record(out, config, command)
@@ -115,8 +161,9 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
             waited = time.perf_counter()
             batch = next(data)
             waited = time.perf_counter() - waited
-            state, metrics = train_step(state, batch, model, config.optimizer, config.steps)
             seen += int(np.count_nonzero(batch.segments >= 0))
+            placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
+            state, metrics = train_step(state, placed, model, config.optimizer, config.steps, mesh)
             if step % config.log_every == 0 or step in (first + 1, config.steps):
                 values = {name: float(value) for name, value in metrics.items()}
                 values["tokens_per_s"] = seen / (time.perf_counter() - began)

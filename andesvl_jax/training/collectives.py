@@ -1,0 +1,77 @@
+"""What the devices of a compiled program say to each other: collectives by kind, from its HLO text."""
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:body|to_apply|calls|called_computation|true_computation|false_computation)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`shape` as HLO writes what one device receives ("f32[64,24]"), its `bytes`, and how often a run executes it."""
+
+    kind: str
+    shape: str
+    bytes: int
+    times: int
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Every collective of a compiled program (`compiled.as_text()`); those in loops of known length count each round."""
+    bodies: dict[str, list[str]] = {}
+    entry = name = None
+    for line in hlo.splitlines():
+        start = _COMPUTATION.match(line)
+        if start:
+            name = start[2]
+            entry = name if start[1] else entry
+            bodies[name] = []
+        elif name is not None:
+            bodies[name].append(line)
+    found: list[Collective] = []
+
+    def walk(computation: str, times: int) -> None:
+        for line in bodies.get(computation, ()):
+            collective = _COLLECTIVE.search(line)
+            if collective:
+                shape = _received(collective[1], asynchronous=bool(collective[3]), kind=collective[2])
+                found.append(Collective(collective[2], shape, _bytes(shape), times))
+                continue
+            trips = _TRIPS.search(line)
+            for called in _CALLED.findall(line):
+                walk(called, times * (int(trips[1]) if trips else 1))
+
+    if entry is not None:
+        walk(entry, 1)
+    return found
+
+
+def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """{kind: {"count", "bytes"}} of one run, kinds that do not occur left out."""
+    totals: dict[str, dict[str, int]] = {}
+    for c in found:
+        total = totals.setdefault(c.kind, {"count": 0, "bytes": 0})
+        total["count"] += c.times
+        total["bytes"] += c.times * c.bytes
+    return totals
+
+
+def _received(shape: str, asynchronous: bool, kind: str) -> str:
+    """A started collective's shape lists what goes in, then what comes out (all-reduce: only that); layouts are cut off."""
+    parts = [f"{dtype}[{sizes}]" for dtype, sizes in _SHAPE.findall(shape)]
+    if asynchronous and kind != "all-reduce":
+        parts = [p for p in parts if not p.startswith(("u32[]", "s32[]"))]
+        parts = parts[len(parts) // 2 :]
+    return ", ".join(parts)
+
+
+def _bytes(shape: str) -> int:
+    bits = lambda dtype: _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])  # noqa: E731  # s32, u8, f8e4m3fn
+    return sum(bits(dtype) * prod(map(int, filter(None, sizes.split(",")))) // 8 for dtype, sizes in _SHAPE.findall(shape))

@@ -1,0 +1,170 @@
+"""Sharding: every mesh trains as one device does and says no more than it must; what does not fit is refused by name."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from tiny import tiny_config
+
+import andesvl_jax as avl
+from andesvl_jax.config import CONFIGS
+from andesvl_jax.inputs.packing import Budget
+from andesvl_jax.model.andesvl import describe
+from andesvl_jax.training.collectives import by_kind, collectives
+from andesvl_jax.training.sharding import (
+    MESH_AXES,
+    ShardingRules,
+    check_rows,
+    make_mesh,
+    param_shardings,
+    rules_for,
+    sharding_table,
+)
+from andesvl_jax.weights import Param, is_param
+
+ALL_AXES = "data=2,fsdp=-1,tensor=2"
+MESHES = [ALL_AXES, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data=8", "fsdp=8", "fsdp=4,tensor=2"))]
+CONFIG = tiny_config(vision={"num_layers": 1})  # as in eight_devices.py
+
+
+def mesh_of(data=1, fsdp=1, tensor=1) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, tensor, 1), MESH_AXES)
+
+
+@functools.cache
+def run_on(mesh: str) -> dict:
+    """What eight_devices.py finds on a mesh, or without one ("none")."""
+    script = Path(__file__).with_name("eight_devices.py")
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run([sys.executable, script, mesh], env=os.environ | flags, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])[mesh]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_has_the_losses_of_one_device(mesh):
+    np.testing.assert_allclose(run_on(mesh)["losses"], run_on("none")["losses"], atol=1e-5, rtol=0)  # float32, other sums
+    assert run_on(mesh)["state_stays_in_place"]
+    assert run_on("none")["collectives"] == {}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_step_gathers_each_weight_once_and_nothing_else(mesh):
+    """Exact, so that an activation or a moment that starts to travel fails here."""
+    found, expected = dict(run_on(mesh)["collectives"]), dict(run_on(mesh)["gathered"])
+    if "tensor=2" in mesh:  # the gradient of the encoder's q, k and v, whose weight `tensor` does not cut
+        expected["count"] += CONFIG.vision.num_layers
+        expected["bytes"] += CONFIG.vision.num_layers * 4 * (8 // 4) * 64 * 3 * CONFIG.vision.hidden_size
+    gathered = found.pop("all-gather", {"count": 0, "bytes": 0})
+    assert gathered == expected
+    summed = found.pop("all-reduce")
+    assert found == {}, "sums and gathers are all it takes"
+    if "tensor" not in mesh:
+        table = 4 * CONFIG.text.vocab_size * CONFIG.text.hidden_size  # tied: summed once for the lookup and once for the head
+        assert 0 <= summed["bytes"] - run_on(mesh)["total_bytes"] - table < 256, "each gradient once, and a few scalars"
+
+
+@pytest.mark.slow
+def test_parameters_and_moments_are_stored_in_parts():
+    whole, cut = run_on("data=8"), run_on("fsdp=8")
+    assert cut["params_per_device"] < 1.35 * whole["params_per_device"] / 8  # vectors stay whole
+    for run in (whole, cut):
+        assert run["moments_per_device"] == pytest.approx(2 * run["params_per_device"], rel=0.01)  # and the counters
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 16}, {"data": 4, "fsdp": 8, "tensor": 2}, {"fsdp": 64, "tensor": 4}])
+def test_the_rules_know_every_dimension_of_every_released_size(name, sizes):
+    config, mesh = CONFIGS[name], mesh_of(**sizes)
+    for param, at in zip(
+        jax.tree.leaves(describe(config), is_leaf=is_param), jax.tree.leaves(param_shardings(config, mesh)), strict=True
+    ):
+        large = np.prod(param.shape) > 1 << 20
+        assert not (large and at.is_fully_replicated and mesh.shape["fsdp"] > 1), param
+
+
+def test_kv_heads_and_vocabulary_that_do_not_divide_stay_whole_and_the_rest_is_refused():
+    rules, mesh = ShardingRules(), mesh_of(tensor=4)
+    assert rules.spec(Param((66, 8), ("vocab", "embed")), mesh) == jax.sharding.PartitionSpec(None, None)
+    with pytest.raises(avl.UserError, match=r"decoder.up: its dimension 'mlp' has size 30, expected a multiple of 4.*tensor"):
+        rules.spec(Param((8, 30), ("embed", "mlp")), mesh, "decoder.up")
+    few = CONFIG.text.num_kv_heads
+    assert few % 4 and rules_for(tiny_config(vision={"num_heads": 4}), mesh).kv_heads == ()
+    with pytest.raises(avl.UserError, match="vision.num_heads: found 2, expected a multiple of 4"):
+        rules_for(CONFIG, mesh)
+
+
+def test_a_mesh_axis_that_would_cut_twice_is_refused():
+    with pytest.raises(avl.UserError, match="'tensor' cuts two of its dimensions embed, mlp"):
+        ShardingRules(embed=("tensor",)).spec(Param((8, 8), ("embed", "mlp")), mesh_of(tensor=2))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "expected items like"), ("fsdp", "expected items like"), ("model=2", "data, fsdp, tensor"),
+        ("fsdp=0", "positive number"), ("fsdp=two", "positive number"), ("fsdp=-1,data=-1", "are both -1"),
+        ("fsdp=3", "needs 3 devices and finds 8"), ("fsdp=-1,data=3", "a multiple of 3 devices and finds 8"),
+        ("fsdp=" + "9" * 30, "positive number"), ("fsdp=16", "needs 16 devices"),
+        ("context=2,fsdp=-1", "context is 2, expected 1"),
+    ],
+)  # fmt: skip
+def test_a_mesh_that_cannot_be_is_refused_in_a_sentence(text, message):
+    with pytest.raises(avl.UserError, match=message):
+        make_mesh(text, range(8))
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(avl.UserError, match="budget.rows: found 6, expected a multiple of 4"):
+        check_rows(Budget(6, 8, 8, 8), mesh_of(data=2, fsdp=2, tensor=2))
+
+
+def test_the_table_names_every_parameter_and_its_bytes():
+    table = sharding_table(CONFIGS["andesvl-4b"], mesh_of(fsdp=8, tensor=2))
+    row = next(line for line in table.splitlines() if line.startswith("decoder.layers.gate")).split()
+    assert row[1:] == ["36x2560x9728", "-,", "fsdp,", "tensor", f"{36 * 2560 * 9728 * 4 // 16:,}"]
+    assert next(line for line in table.splitlines() if line.startswith("decoder.norm")).split()[-1] == "all"
+    assert len(table.splitlines()) == 3 + len(jax.tree.leaves(describe(CONFIGS["andesvl-4b"]), is_leaf=is_param))
+
+
+def test_collectives_in_loops_count_each_round():
+    hlo = """HloModule jit_f
+%add (a: f32[], b: f32[]) -> f32[] {
+}
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %ar = f32[4]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+  %ag = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%y), dimensions={0}
+}
+%condition (p: (s32[], f32[4])) -> pred[] {
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"28"}}
+  %cp = f32[3]{0} collective-permute(%z)
+}
+"""
+    assert by_kind(collectives(hlo)) == {
+        "all-gather": {"count": 28, "bytes": 28 * 16 * 8 * 2},
+        "all-reduce": {"count": 28, "bytes": 28 * 4 * 4},
+        "collective-permute": {"count": 1, "bytes": 12},
+    }
+
+
+def test_a_run_on_a_mesh_of_one_device_equals_a_run_without(tiny_run, tmp_path):
+    """The whole path of --mesh with what every machine has: losses to float32's last digits."""
+    from andesvl_jax.training.metrics import read_metrics
+    from andesvl_jax.training.train import train
+
+    short = replace(tiny_run, steps=3, checkpoint_every=3)
+    losses = []
+    for name, mesh in (("plain", None), ("mesh", "data=-1")):
+        train(replace(short, mesh=mesh), tmp_path / name)
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
