@@ -154,7 +154,14 @@ def _chat(args) -> dict[str, Any]:
     from andesvl_jax.inputs.chat import parse_thinking
     from andesvl_jax.inputs.tokenizer import DecodeStream
 
-    bundle = _load(args.model, dtype=args.dtype, max_size=args.max_size, image_preset=args.image_preset, revision=args.revision)
+    bundle = _load(
+        args.model,
+        dtype=args.dtype,
+        max_size=args.max_size,
+        image_preset=args.image_preset,
+        revision=args.revision,
+        decode_only=True,
+    )
     question = args.question if "<image>" in args.question else "<image>" * len(args.image) + args.question
     system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
     messages = system + [{"role": "user", "content": question}]
@@ -229,7 +236,9 @@ def _evaluate(args) -> dict[str, Any]:
     from andesvl_jax.evaluation.scorers import wilson
 
     began = time.perf_counter()
-    results = evaluate(_load(args.model), nano_validation(args.per_task), kv_policy=args.kv_policy, kv_budget=args.kv_budget)
+    results = evaluate(
+        _load(args.model, decode_only=True), nano_validation(args.per_task), kv_policy=args.kv_policy, kv_budget=args.kv_budget
+    )
     print(results_table(results))
     n = sum(r.n for r in results.values())
     mean = lambda name: sum(getattr(r, name) * r.n for r in results.values()) / n  # noqa: E731

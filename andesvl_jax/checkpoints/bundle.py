@@ -4,14 +4,11 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import numpy as np
-
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import Tokenizer
-from andesvl_jax.model.andesvl import AndesVL, for_decoding, unstack_layers
+from andesvl_jax.model.andesvl import AndesVL, for_decoding
 
 # generation_config.json of the releases, where a directory has none
 RELEASED_GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
@@ -28,12 +25,7 @@ class Bundle:
     @functools.cached_property
     def decoding_params(self) -> AndesVL:
         """The parameters in the layout that decodes fastest on this backend, made once."""
-        if jax.default_backend() != "cpu" or any(
-            isinstance(x, jax.Array) and len(x.devices()) > 1 for x in jax.tree.leaves(self.params)
-        ):
-            return for_decoding(self.params)
-        # through NumPy, so that a layer taken out of a stack is the same memory and not a second copy of the model
-        return for_decoding(jax.device_put(unstack_layers(jax.tree.map(np.asarray, self.params))))
+        return for_decoding(self.params)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

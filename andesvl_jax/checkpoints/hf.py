@@ -18,7 +18,7 @@ from andesvl_jax.config import AndesVLConfig, from_hf, to_hf
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import Tokenizer
-from andesvl_jax.model.andesvl import AndesVL
+from andesvl_jax.model.andesvl import AndesVL, for_decoding
 from andesvl_jax.weights import Param, is_leaf, path_name
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 def load(
     path: str | os.PathLike, dtype: str = "float32", max_size: int | None = None, image_token_id: int | None = None,
     revision: str | None = None, sharding: Callable[[Param], jax.sharding.Sharding] | None = None,
-    image_preset: str | None = None,
+    image_preset: str | None = None, decode_only: bool = False,
 ) -> Bundle:  # fmt: skip
     """Reads a checkpoint in the HF layout: safetensors or PyTorch files, single or in shards with their index.
 
@@ -37,6 +37,7 @@ def load(
       max_size: square root of the pixel budget of a picture, 733 if None. image_token_id: for a directory without a tokenizer
         whose config.json does not give it.
       sharding: places each array of the network, by its shape and axis names; every device reads its own part from disk.
+      decode_only: lay the weights out for decoding at once, in half the memory on CPU; such a model cannot be trained or saved.
       image_preset: "release" or "evaluation", see `inputs.image.PRESETS`; None: as the directory says, else "release".
     Raises:
       UserError: a missing or unreadable file, an unknown key, or tensors that are missing, unknown, there twice, or of wrong
@@ -53,7 +54,10 @@ def load(
     processor = ImageProcessor.from_hf(raw, config.vision, max_size=max_size, source=source, preset=image_preset)
     generation = path / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else dict(RELEASED_GENERATION)
-    return Bundle(config, read_params(path, config, sharding), tokenizer, processor, generation_config)
+    params = read_params(path, config, sharding)
+    if decode_only:
+        params = for_decoding(params, donate=True)
+    return Bundle(config, params, tokenizer, processor, generation_config)
 
 
 def save(bundle: Bundle, path: str | os.PathLike, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

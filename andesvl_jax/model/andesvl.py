@@ -3,8 +3,12 @@
 B batch rows, T tokens, P patches, D decoder width, V vocabulary. All functions are pure: (params, config, ...) -> values.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from andesvl_jax.config import AndesVLConfig
@@ -14,7 +18,7 @@ from andesvl_jax.model.attention import Place
 from andesvl_jax.model.decoder import Decoder, describe_decoder, embed_tokens
 from andesvl_jax.model.projector import Projector, describe_projector, project
 from andesvl_jax.model.vision import Vision, describe_vision, embed_patches, encode
-from andesvl_jax.weights import is_leaf, stream_matrix, stream_table
+from andesvl_jax.weights import Leaf, Streamed, is_leaf, stream_matrix, stream_table
 
 
 @struct.dataclass
@@ -75,18 +79,42 @@ def unstack_layers(params: AndesVL) -> AndesVL:
     )
 
 
-def for_decoding(params: AndesVL, dtype: str | None = None) -> AndesVL:
+def for_decoding(params: AndesVL, dtype: str | None = None, donate: bool = False) -> AndesVL:
     """The representation that decodes fastest here: on CPU the layers unrolled (a scan would copy each one's weights) and the
     decoder's matrices and tables `Streamed`, held in `dtype` (None: as they are), as are 16-bit matrices of the other parts;
-    elsewhere the parameters as they are."""
+    elsewhere the parameters as they are. What is not laid out anew shares the memory of `params`; with `donate`, the rest of that
+    memory is given back stack by stack, and `params` is of no use after."""
     if jax.default_backend() != "cpu":
         return params
-    params = unstack_layers(params)
     vision, projector, decoder = params.vision, params.projector, params.decoder
-    stream = lambda tree, dtype=dtype: jax.tree.map(lambda w: stream_matrix(w, dtype), tree, is_leaf=is_leaf)  # noqa: E731
-    if vision.patch.dtype.itemsize < 4:
-        vision, projector = vision.replace(layers=stream(vision.layers, None)), stream(projector, None)
-    decoder = decoder.replace(
-        embedding=stream_table(decoder.embedding, dtype), layers=stream(decoder.layers), head=stream_table(decoder.head, dtype)
-    )
+    streamed = functools.partial(stream_matrix, dtype=dtype)
+    table = functools.partial(stream_table, dtype=dtype)
+    half = vision.patch.dtype.itemsize < 4
+    vision = vision.replace(layers=_unrolled(vision.layers, stream_matrix if half else lambda w: w, donate))
+    if half:
+        projector = jax.tree.map(stream_matrix, projector, is_leaf=is_leaf)
+    layers = _unrolled(decoder.layers, streamed, donate)
+    decoder = decoder.replace(embedding=table(decoder.embedding), layers=layers, head=table(decoder.head))
     return params.replace(vision=vision, projector=projector, decoder=decoder)
+
+
+def _unrolled(layers, lay_out: Callable[[Leaf], Leaf], donate: bool) -> tuple:
+    """Stacked layers, or a tuple of them, -> a tuple of layers with every leaf laid out."""
+    if isinstance(layers, tuple):
+        return tuple(jax.tree.map(lay_out, layer, is_leaf=is_leaf) for layer in layers)
+    stacks, tree = jax.tree.flatten(layers, is_leaf=is_leaf)
+    columns = []
+    for stack in stacks:
+        columns.append(jax.block_until_ready([lay_out(w) for w in _layers_of(stack)]))
+        if donate and all(isinstance(w, Streamed) for w in columns[-1]):
+            jax.tree.map(lambda x: x.delete(), stack)
+    return tuple(tree.unflatten(layer) for layer in zip(*columns, strict=True))
+
+
+def _layers_of(stack: Leaf) -> list[Leaf]:
+    arrays, tree = jax.tree.flatten(stack)
+    if all(len(x.devices()) == 1 for x in arrays):  # through NumPy a layer is the same memory and no copy
+        split = [[jax.device_put(x) for x in np.asarray(array)] for array in arrays]
+    else:
+        split = [list(array) for array in arrays]
+    return [tree.unflatten(layer) for layer in zip(*split, strict=True)]

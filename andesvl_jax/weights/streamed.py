@@ -14,7 +14,7 @@ from andesvl_jax.weights import kernel
 from andesvl_jax.weights.leaf import Leaf, dense, leaf_kind, lookup, multiply, multiply_transposed
 from andesvl_jax.weights.lora import LoRA
 
-FEW_ROWS = 16  # beyond, XLA's matrix product is faster: it reads the weights no more often and computes faster
+FEW_ROWS = 8  # beyond, XLA's matrix product is faster: it reads the weights no more often and computes faster
 
 
 @leaf_kind
@@ -67,7 +67,7 @@ def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _many_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., i], w [o, i] -> [..., o]; a 16-bit w is widened by itself: XLA would hold every matrix of the model in 32 bits."""
-    if w.dtype == jnp.float32 or not kernel.available():
+    if w.dtype.itemsize > 2 or not kernel.available():
         return multiply(w.T, x)
     return multiply(kernel.widened(w, x).T, x.astype(jnp.float32))
 
