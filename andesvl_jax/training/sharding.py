@@ -164,12 +164,14 @@ def batch_shards(mesh: Mesh | None) -> int:
 def sum_over_rows(fn: Callable, mesh: Mesh | None) -> Callable:
     """fn(params, *arrays [B, ...]) -> sums over rows, run by each device on its own rows; what comes out is summed over all.
 
-    A loop inside fn then adds up the gradient of `params` on each device, and the devices' sums travel once, not every round.
+    Parameters are each device's own inside, so that a loop there adds up their gradient on each device, and the devices' sums
+    travel once, not every round.
     """
     if mesh is None:
         return fn
     rows = ShardingRules().batch
-    local = lambda params, *arrays: jax.lax.psum(fn(params, *arrays), rows)  # noqa: E731
+    own = lambda params: jax.tree.map(lambda w: jax.lax.pcast(w, rows, to="varying"), params)  # noqa: E731
+    local = lambda params, *arrays: jax.lax.psum(fn(own(params), *arrays), rows)  # noqa: E731
     return lambda params, *arrays: jax.shard_map(
         local, mesh=mesh, in_specs=(P(), *[P(rows)] * len(arrays)), out_specs=P(), axis_names=set(rows)
     )(params, *arrays)

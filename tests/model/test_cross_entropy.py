@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_params, worst_leaf
 from andesvl_jax.model.andesvl import describe
 from andesvl_jax.model.decoder import logits
 from andesvl_jax.training.objectives import cross_entropy
-from andesvl_jax.weights import abstract
+from andesvl_jax.weights import abstract, dense, quantize
 
 
 def plain(params, hidden, slots, targets, weights):
@@ -65,3 +65,36 @@ def test_logits_of_a_whole_batch_never_exist_at_the_released_vocabulary():
     assert largest_array(jaxpr(lambda p, h, s, t, w: cross_entropy(p, h, s, t, w, chunk=512)[0])) == 512 * 151_936
     # the measure does see them where they exist
     assert largest_array(jaxpr(lambda p, h, s, t, w: logits(p.decoder, h).sum())) == 2 * 4096 * 151_936
+
+
+def products(jaxpr) -> int:
+    """Matrix products in a program, those of inner programs included."""
+    programs = [p for eqn in jaxpr.eqns for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))]
+    inner = [getattr(p, "jaxpr", p) for p in programs if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
+    return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns) + sum(map(products, inner))
+
+
+def test_a_step_makes_logits_once():
+    """Three products: the logits, and the gradients of both that they are made of; none of a frozen table in the program."""
+    config = tiny_config()
+    params, (hidden, *rest) = tiny_params(config), problem(config)
+    loss = lambda p, h: cross_entropy(p, h, *rest, chunk=5)[0]  # noqa: E731
+    assert products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, hidden).jaxpr) == 3
+    assert products(jax.make_jaxpr(loss)(params, hidden).jaxpr) == 1
+    frozen = jax.jit(jax.grad(lambda h: loss(jax.lax.stop_gradient(params), h))).lower(hidden).compile().as_text()
+    assert frozen.count(" dot(") + frozen.count("__onednn$matmul") <= 2
+
+
+def test_a_table_of_whole_numbers_and_weights_that_are_learned():
+    """Codes have no gradient and stop none; a weight's gradient is its token's own loss."""
+    config = tiny_config()
+    params, (hidden, slots, targets, weights) = tiny_params(config), problem(config)
+    table = quantize(params.decoder.embedding, 8)
+    packed = params.replace(decoder=params.decoder.replace(embedding=table))
+    loss = lambda p, h, w: cross_entropy(p, h, slots, targets, w, chunk=5)[0]  # noqa: E731
+    same = params.replace(decoder=params.decoder.replace(embedding=dense(table)))
+    for argument in (1, 2):
+        found, expected = (jax.grad(loss, argnums=argument)(p, hidden, jnp.asarray(weights)) for p in (packed, same))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)  # float32, scaled before or after the product
+    tokens = jnp.where(slots >= 0, jax.grad(loss, argnums=2)(params, hidden, jnp.asarray(weights)), 0)
+    assert float((tokens * weights).sum()) == pytest.approx(float(loss(params, hidden, weights)), rel=1e-5)
