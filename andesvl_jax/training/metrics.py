@@ -106,6 +106,14 @@ def peak_memory(devices: Sequence[jax.Device]) -> dict[str, int]:
     return {"peak_process_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
+def start_trace(folder: Path, after: Any) -> None:
+    """Starts JAX's profiler once the arrays `after` are there; without Python's own calls, which would slow the data down."""
+    jax.block_until_ready(after)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    jax.profiler.start_trace(folder, profiler_options=options)
+
+
 class MetricsWriter:
     """Appends one JSON object a call to metrics.jsonl and the same numbers to TensorBoard."""
 

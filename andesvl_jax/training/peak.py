@@ -9,13 +9,13 @@ B200. Data sheets that only give the rate with sparsity are halved, as their foo
 import re
 
 _TERA = 10**12
-# pattern of jax.Device.device_kind -> FLOP/s; the first that matches the whole name counts
+# pattern of the whole jax.Device.device_kind -> TFLOP/s; slices of a GPU (MIG) have other names and no entry
 _PEAKS = {
     r"TPU v4": 275,
     r"TPU v5 lite|TPU v5e": 197,
     r"TPU v5p?": 459,
     r"TPU v6 lite|TPU v6e": 918,
-    r"NVIDIA A100.*": 312,
+    r"NVIDIA A100(-\S+| 80GB PCIe)": 312,
     r"NVIDIA H100 PCIe": 756,
     r"NVIDIA H100 NVL": 835,
     r"NVIDIA H100 80GB HBM3": 989,

@@ -28,7 +28,7 @@ from andesvl_jax.training.bad_batch import keep_bad_batch
 from andesvl_jax.training.batch_pictures import show_batch
 from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint
 from andesvl_jax.training.config import PARTS, Optimizer, TrainConfig
-from andesvl_jax.training.metrics import Meter, MetricsWriter, norms, write_run_record
+from andesvl_jax.training.metrics import Meter, MetricsWriter, norms, start_trace, write_run_record
 from andesvl_jax.training.objectives import cross_entropy
 from andesvl_jax.training.optimizer import freeze, make_optimizer
 from andesvl_jax.training.sharding import (
@@ -174,11 +174,11 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
                 show_batch(batch, out / "first_batch", tokenizer, processor, SHOWN_ROWS)
             placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
             if profile and step == first + PROFILED[0]:
-                jax.profiler.start_trace(str(out / "profile"))
+                start_trace(out / "profile", after=state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, placed, model, config.optimizer, config.steps, mesh)
             if profile and step == first + PROFILED[1]:
-                jax.block_until_ready(metrics)
+                jax.block_until_ready(state)
                 jax.profiler.stop_trace()
             meter.ran(batch, metrics["loss"])
             if step % config.log_every == 0 or step in (first + 1, config.steps):
