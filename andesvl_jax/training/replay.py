@@ -1,6 +1,5 @@
 """The batch that stopped a run, once more: which of its rows are not finite, and in which parameters it shows."""
 
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import numpy as np
 
 from andesvl_jax.checkpoints.hf import load
 from andesvl_jax.errors import UserError
-from andesvl_jax.inputs.packing import Batch
+from andesvl_jax.inputs.packing import Batch, Budget
 from andesvl_jax.training.bad_batch import BAD_BATCH, BAD_MODEL, read_batch
 from andesvl_jax.training.config import TrainConfig
-from andesvl_jax.training.sharding import batch_sharding, make_mesh, placement
+from andesvl_jax.training.sharding import batch_sharding, check_rows, make_mesh, placement
 from andesvl_jax.training.train import loss_fn
 from andesvl_jax.weights import path_name
 
@@ -31,6 +30,8 @@ def replay(config: TrainConfig, out: str | Path) -> dict[str, Any]:
     out = Path(out)
     batch = read_batch(out / BAD_BATCH)
     mesh = None if config.mesh is None else make_mesh(config.mesh)
+    if mesh is not None:
+        check_rows(Budget(len(batch.tokens), *config.budget.sizes), mesh)
     bundle = load(out / BAD_MODEL, config.model.param_dtype, sharding=placement(config.model, mesh))
     model = config.model.replace(image_token_id=bundle.config.image_token_id)
     if bundle.config.vision != model.vision or bundle.config.text != model.text:
@@ -49,15 +50,10 @@ def replay(config: TrainConfig, out: str | Path) -> dict[str, Any]:
         flat, _ = jax.tree_util.tree_flatten_with_path(finite)
         return float(loss), [path_name(path) for path, fine in flat if not fine]
 
-    rows = []
-    for r in range(len(batch.tokens)):
-        alone = jax.tree.map(functools.partial(_repeated, r), batch)  # the same shape, hence the same program and mesh
-        loss, names = run(alone)
-        if names or not math.isfinite(loss):
-            rows.append(r)
-    loss, names = run(batch)
-    return {"loss": loss, "rows": rows, "gradients": names}
+    def alone(row: int) -> Batch:  # repeated: the same shape, hence the same program on the same mesh
+        return jax.tree.map(lambda x: np.broadcast_to(x[row], x.shape), batch)
 
-
-def _repeated(row: int, x: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(x[row], x.shape)
+    loss, gradients = run(batch)
+    by_row = [run(alone(row)) for row in range(len(batch.tokens))]
+    bad = [row for row, (own, names) in enumerate(by_row) if names or not math.isfinite(own)]
+    return {"loss": loss, "rows": bad, "gradients": gradients}

@@ -143,7 +143,8 @@ def test_a_hostile_file_is_refused_before_anything_large_is_made(tmp_path, name,
         read_batch(tmp_path / "bad.npz")
 
 
-def test_a_run_that_stays_non_finite_keeps_the_batch_and_the_replay_finds_it_so(tiny_run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mesh", [None, "data=-1"])
+def test_a_run_that_stays_non_finite_keeps_the_batch_and_the_replay_finds_it_so(tiny_run, tmp_path, monkeypatch, capsys, mesh):
     """One row of two is poisoned from step 3 on; the replay has the loss of the stop and names that row."""
     real, bad_row = train_lib.batches, 1
 
@@ -154,7 +155,7 @@ def test_a_run_that_stays_non_finite_keeps_the_batch_and_the_replay_finds_it_so(
             yield batch
 
     monkeypatch.setattr(train_lib, "batches", poisoned)
-    config = dataclasses.replace(tiny_run, steps=20, checkpoint_every=20)
+    config = dataclasses.replace(tiny_run, steps=20, checkpoint_every=20, mesh=mesh)
     monkeypatch.setattr(config_lib, "load_config", lambda *_: config)
     out = tmp_path / "run"
     command = ["train", "--config", "tiny.py", "--out", str(out)]
