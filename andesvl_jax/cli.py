@@ -102,7 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--mesh", metavar="AXES", help="spread over all devices, e.g. data=2,fsdp=-1 (-1: the rest; axes: data, fsdp, tensor)"
     )
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps to --out/profile")
+    start = train.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    start.add_argument(
+        "--replay", action="store_true", help="run the batch again that stopped the run in --out, and nothing else"
+    )
 
     evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled-picture controls")
     evaluate.add_argument("--model", required=True, help="checkpoint directory")
@@ -225,7 +230,14 @@ def _train(args) -> dict[str, Any]:
     config = load_config(args.config, args.set)
     if args.mesh is not None:
         config = replace(config, mesh=args.mesh)
-    train(config, args.out, args.resume, _command())
+    if args.replay:
+        from andesvl_jax.training.replay import replay
+
+        result = replay(config, args.out)
+        print(f"loss {result['loss']}; rows that are not finite: {', '.join(map(str, result['rows'])) or 'none by itself'}")
+        print("\n".join(f"gradient not finite: {name}" for name in result["gradients"]))
+        return result
+    train(config, args.out, args.resume, _command(), args.profile)
     return {"out": args.out, "model": f"{args.out}/model", "steps": config.steps}
 
 

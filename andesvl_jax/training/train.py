@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
@@ -25,9 +24,11 @@ from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import Batch
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, describe, forward, unstack_layers
+from andesvl_jax.training.bad_batch import keep_bad_batch
+from andesvl_jax.training.batch_pictures import show_batch
 from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint
-from andesvl_jax.training.config import Optimizer, TrainConfig
-from andesvl_jax.training.metrics import MetricsWriter, write_run_record
+from andesvl_jax.training.config import PARTS, Optimizer, TrainConfig
+from andesvl_jax.training.metrics import Meter, MetricsWriter, norms, start_trace, write_run_record
 from andesvl_jax.training.objectives import cross_entropy
 from andesvl_jax.training.optimizer import freeze, make_optimizer
 from andesvl_jax.training.sharding import (
@@ -44,6 +45,8 @@ from andesvl_jax.training.sharding import (
 from andesvl_jax.weights import abstract, initialize
 
 MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run stops
+SHOWN_ROWS = 8  # of the first batch, as pictures and text
+PROFILED = (4, 6)  # first and last step of a profile, counted from the start: after compiling and the first batches
 
 
 @struct.dataclass
@@ -79,13 +82,14 @@ def train_step(
     Args:
       mesh: where state (`state_shardings`) and batch (`batch_sharding`) lie, and the new state will; None: on one device.
     Returns:
-      the new state; metrics: loss, gradient_norm, update_norm, targets, tokens, skipped (steps in a row), float32 [] each.
+      the new state; metrics: loss, `norms` of gradient, update and new parameters, targets, tokens, skipped (steps in a row),
+      numbers [] each.
     """
     (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, config, batch, optimizer, mesh)
     if mesh is not None:
         grads = jax.lax.with_sharding_constraint(grads, param_shardings(config, mesh))
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    gradient_norms = norms("gradient_norm", grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norms["gradient_norm"])
     updates, moments = make_optimizer(optimizer, describe(config), steps).update(grads, state.optimizer, state.params)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
     new = TrainState(
@@ -97,8 +101,8 @@ def train_step(
     if mesh is not None:
         new = jax.lax.with_sharding_constraint(new, state_shardings(config, optimizer, mesh))
     metrics = {
-        "loss": loss, "gradient_norm": norm, "update_norm": optax.tree.norm(updates), "skipped": new.skipped,
-        "targets": jnp.sum(batch.target_slots >= 0), "tokens": jnp.sum(batch.segments >= 0),
+        "loss": loss, **gradient_norms, **norms("update_norm", updates), **norms("parameter_norm", new.params),
+        "skipped": new.skipped, "targets": jnp.sum(batch.target_slots >= 0), "tokens": jnp.sum(batch.segments >= 0),
     }  # fmt: skip
     return new, metrics
 
@@ -122,11 +126,14 @@ def init_state(config: TrainConfig, params: AndesVL | None = None, mesh: Mesh | 
     return TrainState(jnp.zeros((), jnp.int32), params, moments, jnp.zeros((), jnp.int32))
 
 
-def train(config: TrainConfig, out: str | Path, resume: bool = False, command: str = "") -> Bundle:
+def train(config: TrainConfig, out: str | Path, resume: bool = False, command: str = "", profile: bool = False) -> Bundle:
     """Runs `config.steps` steps and writes `out`/model (HF layout), checkpoints, metrics and the record of the run.
 
+    `out`/first_batch shows what the network is given first; `profile` writes a trace of a few steps to `out`/profile.
+
     Raises:
-      UserError: `out` holds a run and resume is False, there is no tokenizer, or the loss stays non-finite.
+      UserError: `out` holds a run and resume is False, there is no tokenizer, too few steps to profile, or the loss stays
+        non-finite; the batch is then kept for `training.replay`.
     """
     out = Path(out)
     mesh = None if config.mesh is None else make_mesh(config.mesh)
@@ -155,24 +162,37 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
     write_run_record(out, config, command)
 
     # ---- steps
-    first, seen, began = int(state.step), 0, time.perf_counter()
+    first, began = int(state.step), time.perf_counter()
+    if profile and config.steps < first + PROFILED[1]:
+        raise UserError(f"--profile: {config.steps - first} steps are left, expected at least {PROFILED[1]}.")
+    trained = [part for part in PARTS if getattr(config.optimizer, part)]
+    meter = Meter(model, trained, jax.devices()[:1] if mesh is None else mesh.local_devices)
     with MetricsWriter(out) as writer, tqdm(total=config.steps, initial=first, unit="step", disable=None) as bar:
         for step in range(first + 1, config.steps + 1):
-            waited = time.perf_counter()
-            batch = next(data)
-            waited = time.perf_counter() - waited
-            seen += int(np.count_nonzero(batch.segments >= 0))
+            batch = meter.draw(data)
+            if step == 1:
+                show_batch(batch, out / "first_batch", tokenizer, processor, SHOWN_ROWS)
             placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
-            state, metrics = train_step(state, placed, model, config.optimizer, config.steps, mesh)
+            if profile and step == first + PROFILED[0]:
+                start_trace(out / "profile", after=state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, placed, model, config.optimizer, config.steps, mesh)
+            if profile and step == first + PROFILED[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            meter.ran(batch, metrics["loss"])
             if step % config.log_every == 0 or step in (first + 1, config.steps):
                 values = {name: float(value) for name, value in metrics.items()}
-                values["tokens_per_s"] = seen / (time.perf_counter() - began)
-                writer.write(step, values | {"data_wait_s": waited, "seconds": time.perf_counter() - began})
+                values |= meter.line() | {"seconds": time.perf_counter() - began}
+                writer.write(step, values)
                 bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{values['tokens_per_s']:.0f}")
                 if values["skipped"] >= MAX_SKIPPED:
+                    kept = keep_bad_batch(out, batch, Bundle(model, state.params, tokenizer, processor))
+                    newest = manager.latest_step()
                     raise UserError(
-                        f"step {step}: the loss or gradient was not finite in {MAX_SKIPPED} steps in a row; expected finite "
-                        f"values: lower the optimizer's rates and --resume from step {manager.latest_step()}."
+                        f"step {step}: the loss or gradient was not finite in {int(values['skipped'])} steps in a row, expected "
+                        f"finite values; {kept}; mend the data or lower the optimizer's rates, then "
+                        f"{'start anew' if newest is None else f'--resume from step {newest}'}."
                     )
             bar.update()
             if step % config.checkpoint_every == 0 or step == config.steps:

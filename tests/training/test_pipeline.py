@@ -117,21 +117,27 @@ def test_rows_are_well_filled(samples, tiny_run):
     assert max(np.mean([share[name] for share in shares]) for name in shares[0]) > 0.92
 
 
-def test_members_of_a_pair_share_a_row_side_by_side():
+def test_members_of_a_pair_share_a_row_side_by_side_also_after_a_resume():
+    """Chosen and rejected answer: never apart, never one without the other; of pairs too large for a row neither is used."""
     config, rng = tiny_config(), np.random.default_rng(0)
     pairs = [tuple(random_sample(config, rng, ((2, 2 * k),), text=6 + k) for k in rng.integers(1, 4, 2)) for _ in range(60)]
+    pairs[::6] = [tuple(random_sample(config, rng, ((2, 4),), text=31) for _ in "ab") for _ in pairs[::6]]  # 66 of 60 tokens
     source = grain.MapDataset.range(len(pairs)).map(lambda i: pairs[i]).repeat()
-    iterator = iter(PackedBatches(source, Budget(3, 60, 64, 40), config.vision.patch_features, 3))
-    known = {a.tokens.tobytes(): b.tokens.tobytes() for a, b in pairs}
-    found = 0
-    for _ in range(8):
+    dataset = PackedBatches(source, Budget(3, 60, 64, 40), config.vision.patch_features, 3, max_bad=1.0)
+    known = {a.tokens.tobytes(): b.tokens.tobytes() for i, (a, b) in enumerate(pairs) if i % 6}
+    iterator, seen = iter(dataset), set()
+    for step in range(24):
+        if step == 5:
+            state, iterator = json.loads(json.dumps(iterator.get_state())), iter(dataset)
+            iterator.set_state(state)
         batch = next(iterator)
         for tokens, segments in zip(batch.tokens, batch.segments, strict=True):
             members = [tokens[segments == s].tobytes() for s in range(segments.max() + 1)]
             assert len(members) % 2 == 0
             assert [known[chosen] for chosen in members[::2]] == members[1::2]
-            found += len(members) // 2
-    assert found > 40
+            seen |= set(members[::2])
+    assert seen == set(known), "every pair that fits a row was used"
+    assert sum(place["bad"] for place in iterator.get_state().values()) > 10
 
 
 def test_bad_records_are_skipped_counted_and_named_until_they_are_too_many(samples, tiny_run, caplog):

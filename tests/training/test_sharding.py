@@ -69,7 +69,7 @@ def test_a_step_gathers_each_weight_once_and_nothing_else(mesh):
     assert found == {}, "sums and gathers are all it takes"
     if "tensor" not in mesh:
         table = 4 * CONFIG.text.vocab_size * CONFIG.text.hidden_size  # tied: summed once for the lookup and once for the head
-        assert 0 <= summed["bytes"] - run_on(mesh)["total_bytes"] - table < 256, "each gradient once, and a few scalars"
+        assert 0 <= summed["bytes"] - run_on(mesh)["total_bytes"] - table < 512, "each gradient once, and scalars: norms"
 
 
 @pytest.mark.slow

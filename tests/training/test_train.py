@@ -58,7 +58,7 @@ def test_a_run_leaves_model_metrics_and_record_and_is_not_overwritten(tiny_run, 
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["command"] == "andesvl train" and record["config"]["steps"] == 4 and "jax" in record["environment"]["packages"]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-    assert {"loss", "tokens_per_s", "gradient_norm", "data_wait_s"} <= set(read_metrics(tmp_path / "run")[-1])
+    assert {"loss", "tokens_per_s", "gradient_norm", "data_wait"} <= set(read_metrics(tmp_path / "run")[-1])
     with pytest.raises(avl.UserError, match="--resume"):
         train(tiny_run, tmp_path / "run")
 
