@@ -1,6 +1,11 @@
 """The TPU kernel "splash": in interpret mode equal to plain attention, and picked where it can run."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +59,16 @@ def test_splash_equals_plain_attention_in_values_and_gradients(case):
     expected, found = (with_gradient(fn, packed(t), *arrays) for fn in (plain, kernel))
     for a, b in zip(found, expected, strict=True):
         assert max_relative(a.astype(jnp.float32), b.astype(jnp.float32)) <= TOLERANCE[dtype]
+
+
+def test_on_a_mesh_each_device_attends_to_its_own_rows_and_heads():
+    """Four query and two kv heads: dealt to two devices, repeated for four; two rows that four devices cannot share."""
+    script = Path(__file__).with_name("splash_on_four_devices.py")
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(script.parents[2])}
+    meshes = ["data=2,tensor=2", "tensor=4", "data=4"]
+    done = subprocess.run([sys.executable, script, *meshes], env=os.environ | flags, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(off <= TOLERANCE["float32"] for off in json.loads(done.stdout.splitlines()[-1]).values()), done.stdout
 
 
 def on(platform: str):
