@@ -24,6 +24,13 @@ class Place:
     segments: jax.Array | None = None
 
 
+def platform() -> str:
+    """What the program being traced will run on: the platform of the mesh in effect (`jax.set_mesh`), which need not be attached,
+    else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def visible(queries: Place, keys: Place, causal: bool) -> jax.Array:
     """bool [B, 1 or K, T, S]: key present, in the query's segment, and (causal) not after the query."""
     key = keys.positions if keys.positions.ndim == 3 else keys.positions[:, None]
@@ -58,7 +65,7 @@ def _chunked(q, k, v, queries: Place, keys: Place, causal: bool, chunk: int) -> 
     """Blocks of `chunk` queries, one after the other; on CPU also one kv head after the other, so that scores stay in cache."""
     b, t, n, h = q.shape
     heads = k.shape[1]
-    together = 1 if jax.default_backend() == "cpu" else heads
+    together = 1 if platform() == "cpu" else heads
     blocks = math.ceil(t / chunk)
 
     def split_queries(x, fill=0):  # [B, T, ...] -> [blocks, B, chunk, ...]
