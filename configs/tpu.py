@@ -18,7 +18,8 @@ MESHES = {  # weights travel between as few chips as hold the state, rows go eve
     "andesvl-1b": {"v5e-16": "fsdp=16", "v5e-64": "data=4,fsdp=16", "v5e-256": "data=16,fsdp=16", "v6e-64": "data=4,fsdp=16"},
     "andesvl-4b": {"v5e-16": "fsdp=16", "v5e-64": "fsdp=64", "v5e-256": "data=4,fsdp=64", "v6e-64": "data=4,fsdp=16"},
 }
-LONG_4B = {"v5e-16": "fsdp=4,tensor=4", "v5e-64": "fsdp=16,tensor=4", "v5e-256": "data=4,fsdp=16,tensor=4"}  # a row of 4 chips
+# four chips share a row of 16,384 tokens, a quarter of them visual: whole, its activations do not fit beside the state
+LONG_4B = {"v5e-16": "fsdp=4,tensor=4", "v5e-64": "fsdp=16,tensor=4", "v5e-256": "data=4,fsdp=16,tensor=4"}
 TOKENS = (4096, 16384)  # of a row
 
 
@@ -27,13 +28,12 @@ def chips(slice_name: str) -> int:
 
 
 def config(model: str, slice_name: str, tokens: int) -> TrainConfig:
-    mesh = MESHES[model][slice_name]
-    if (model, tokens) == ("andesvl-4b", 16384):
-        mesh = LONG_4B.get(slice_name, mesh)
-    rows = chips(slice_name) // (4 if "tensor=4" in mesh else 1)
+    mesh, rows, patches = MESHES[model][slice_name], chips(slice_name), 2 * tokens
+    if (model, tokens) == ("andesvl-4b", 16384) and slice_name in LONG_4B:
+        mesh, rows, patches = LONG_4B[slice_name], rows // 4, tokens
     return TrainConfig(
         model=CONFIGS[model].replace(dtype="bfloat16", remat="layer"), mesh=mesh, max_size=1792,
-        budget=Budget(rows, tokens, patches=2 * tokens, targets=tokens // 2), steps=10_000,
+        budget=Budget(rows, tokens, patches, targets=tokens // 2), steps=10_000,
         optimizer=Optimizer(vision=1e-5, projector=5e-5, decoder=5e-5, warmup_steps=200, clip_norm=1.0),
     )  # fmt: skip
 
