@@ -34,6 +34,10 @@ STEPS = ("train", "prefill", "decode")
 NEW_TOKENS = 256  # room behind the prompt in the cache of the decode step
 MOST_CHIPS = 1 << 14
 GIB = 1 << 30
+_UNATTACHED = {  # libtpu asks no cloud machine what it is, and waits for no other process that holds a TPU
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
 _TOPOLOGY = re.compile(r"\w{1,16}:(\d{1,5}(?:x\d{1,5}){1,2})", re.ASCII)
 _NEEDED = re.compile(r"\((\d+(?:\.\d+)?)([KMGT]?)B?\) exceeds available HBM|Used (\d+(?:\.\d+)?)([KMGT]?)B? of")
 _AVAILABLE = re.compile(r"available HBM \((\d+(?:\.\d+)?)([KMGT]?)B?\)|Used \S+ of (\d+(?:\.\d+)?)([KMGT]?)B? hbm")
@@ -104,8 +108,7 @@ def topology_devices(name: str) -> list[Any]:
         raise UserError(
             f"--topology {name}: needs the package libtpu, which is not installed: pip install 'andesvl-jax[tpu-aot]'."
         )
-    # nothing is attached: ask no cloud machine what it is, and wait for no other process that holds a TPU
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= _UNATTACHED
     from jax.experimental import topologies
 
     try:

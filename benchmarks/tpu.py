@@ -22,14 +22,14 @@ claimed. Bytes are the compiler's, of one chip: arguments (parameters, moments, 
 weights, gradients), and everything together beside what the chip has. TFLOP: matrix products of one step counted by this project,
 of one chip, rows full, recomputation left out. all-gather, all-reduce, other: what one chip receives in a step, by XLA's program.
 
-Parameters and moments are float32, compute is bfloat16, layers are recomputed in the backward pass; a chip has one packed row,
-half of whose tokens are visual. `python benchmarks/tpu.py > docs/tpu.md` writes this file; each line is a configuration:
+Parameters and moments are float32, compute is bfloat16, layers are recomputed in the backward pass; a batch is rows x tokens and
+patches of a row, four patches to a visual token. `python benchmarks/tpu.py > docs/tpu.md` writes this file; each line is a configuration:
 
     andesvl aot   --config configs/tpu.py:andesvl-4b/v5e-64/4096 --topology v5e:8x8
     andesvl train --config configs/tpu.py:andesvl-4b/v5e-64/4096 --out out/4b --set init_from=DIR
 
 """
-HEAD = ("configuration", "step", "mesh", "arguments", "temporaries", "in all", "of", "fits", "TFLOP", "all-gather", "all-reduce",
+HEAD = ("configuration", "step", "mesh", "batch", "arguments", "temporaries", "in all", "of", "fits", "TFLOP", "all-gather", "all-reduce",
         "other", "compiled in")  # fmt: skip
 
 
@@ -42,15 +42,16 @@ def cost(name: str, topology: str, steps: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def lines(name: str, result: dict) -> list[str]:
+def lines(name: str, result: dict, budget) -> list[str]:
     gib = lambda x: "-" if x is None else f"{x / GIB:.2f} GiB"  # noqa: E731
     mesh = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    batch = f"{budget.rows} x {budget.tokens:,}, {budget.patches:,}"
     out = []
     for step, found in result["steps"].items():
         received = {kind: total["bytes"] for kind, total in found["collectives"].items()}
         known = [received.pop(kind, 0) for kind in ("all-gather", "all-reduce")]
         cells = (
-            name, step, mesh, gib(found["hbm"].get("arguments")), gib(found["hbm"].get("temporaries")),
+            name, step, mesh, batch, gib(found["hbm"].get("arguments")), gib(found["hbm"].get("temporaries")),
             gib(found["hbm_bytes_per_device"]), gib(result["hbm_limit"]), "yes" if found["fits"] else "no",
             f"{found['flops_per_step'] / result['devices'] / 1e12:.3g}",
             *(gib(x) if found["collectives"] else "-" for x in (*known, sum(received.values()))),
@@ -81,7 +82,7 @@ def main() -> None:
     for name in table["ALL"]:
         for row in known:
             if row["name"] == name:
-                print(*lines(name, row), sep="\n")
+                print(*lines(name, row, table["ALL"][name].budget), sep="\n")
 
 
 if __name__ == "__main__":
