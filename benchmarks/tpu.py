@@ -19,18 +19,24 @@ TEXT = """# Training on TPU slices
 
 Compiled for slices that were not attached, by `andesvl aot` on a CPU machine; nothing here was run on a TPU and no speed is
 claimed. Bytes are the compiler's, of one chip: arguments (parameters, moments, batch), temporaries (activations, gathered
-weights, gradients), and everything together beside what the chip has. TFLOP: matrix products of one step counted by this project,
-of one chip, rows full, recomputation left out. all-gather, all-reduce, other: what one chip receives in a step, by XLA's program.
+weights, gradients), and everything together beside what the compiler has of a chip; a step fits when that is enough. TFLOP:
+matrix products of one step counted by this project, of one chip, rows full, recomputation left out. all-gather, all-reduce,
+other: what one chip receives in a step, by XLA's program. Seconds of compiling depend on the machine.
 
-Parameters and moments are float32, compute is bfloat16, layers are recomputed in the backward pass; a batch is rows x tokens and
-patches of a row, four patches to a visual token. `python benchmarks/tpu.py > docs/tpu.md` writes this file; each line is a configuration:
+Parameters and moments are float32, compute is bfloat16, layers are recomputed in the backward pass; a batch is rows x tokens, and
+patches of a row, four to a visual token. Each line is a configuration:
 
     andesvl aot   --config configs/tpu.py:andesvl-4b/v5e-64/4096 --topology v5e:8x8
     andesvl train --config configs/tpu.py:andesvl-4b/v5e-64/4096 --out out/4b --set init_from=DIR
 
+`python benchmarks/tpu.py > docs/tpu.md` writes this file; lines of equal configurations are taken from out/tpu.jsonl, which is to
+be deleted when the code has changed.
+
 """
-HEAD = ("configuration", "step", "mesh", "batch", "arguments", "temporaries", "in all", "of", "fits", "TFLOP", "all-gather", "all-reduce",
-        "other", "compiled in")  # fmt: skip
+HEAD = (
+    "configuration", "step", "mesh", "batch", "arguments", "temporaries", "in all", "of", "fits", "TFLOP", "all-gather",
+    "all-reduce", "other", "compiled in",
+)  # fmt: skip
 
 
 def cost(name: str, topology: str, steps: list[str]) -> dict:
@@ -71,10 +77,11 @@ def main() -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     steps = args.step or ["train"]
+    known = [row for row in known if row["of"] == repr(table["ALL"].get(row["name"]))]
     for name in filter(lambda name: args.only in name, table["ALL"]):
         left = [s for s in steps if not any(row["name"] == name and s in row["steps"] for row in known)]
         if left:
-            row = {"name": name} | cost(name, table["TOPOLOGIES"][name.split("/")[1]], left)
+            row = {"name": name, "of": repr(table["ALL"][name])} | cost(name, table["TOPOLOGIES"][name.split("/")[1]], left)
             known.append(row)
             with file.open("a") as out:
                 print(json.dumps(row), file=out)
