@@ -133,7 +133,7 @@ def step_cost(config: TrainConfig, mesh: Mesh, step: str, limit: int | None) -> 
     program, *arguments = _PROGRAMS[step](config, mesh)
     shapes = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.ShapeDtypeStruct)]
     held = sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in shapes)
-    with jax.sharding.set_mesh(mesh):  # what `platform` goes by
+    with jax.sharding.set_mesh(mesh):  # what `target_platform` goes by
         lowered = program.lower(*arguments)
     flops = own_flops(config, step)
     try:

@@ -12,6 +12,7 @@ from andesvl_jax.errors import UserError
 
 AIMV2_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP statistics, preprocessor_config.json of the release
 AIMV2_STD = (0.26862954, 0.26130258, 0.27577711)
+ATTENTION_BACKENDS = ("auto", "splash", "chunked", "einsum")
 MODEL_TYPES = {"andesvl-aimv2-qwen3": "aimv2", "andesvl-siglip2-qwen3": "siglip2"}
 
 
@@ -80,7 +81,7 @@ class AndesVLConfig:
     image_token_id: int | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
-    attention: Literal["einsum", "chunked"] = "chunked"  # all scores at once, or those of a block of queries
+    attention: Literal["auto", "splash", "chunked", "einsum"] = "auto"  # auto: splash on TPU, chunked elsewhere; einsum: T x T
     attention_chunk: int = 256  # queries per block of the chunked backend
     remat: Literal["none", "layer", "dots"] = "none"  # what the backward pass recomputes: nothing, whole layers, all but matmuls
 
@@ -168,7 +169,7 @@ def _check(config: AndesVLConfig) -> None:
         config.image_token_id,
         f"an id below vocab_size = {text.vocab_size}",
     )
-    require(config.attention in ("einsum", "chunked"), "attention", config.attention, "'einsum' or 'chunked'")
+    require(config.attention in ATTENTION_BACKENDS, "attention", config.attention, f"one of {', '.join(ATTENTION_BACKENDS)}")
     require(config.attention_chunk > 0, "attention_chunk", config.attention_chunk, "a positive number of queries")
     require(config.remat in ("none", "layer", "dots"), "remat", config.remat, "'none', 'layer' or 'dots'")
     for name in ("dtype", "param_dtype"):

@@ -12,7 +12,7 @@ from andesvl_jax import aot
 from andesvl_jax.cli import main
 from andesvl_jax.inputs.packing import Budget
 from andesvl_jax.model.andesvl import describe
-from andesvl_jax.model.attention import platform
+from andesvl_jax.model.devices import target_platform
 from andesvl_jax.training.config import TrainConfig
 from andesvl_jax.training.sharding import make_mesh
 from andesvl_jax.weights import count
@@ -139,6 +139,6 @@ def test_a_topology_that_libtpu_does_not_know():
 
 @needs_libtpu
 def test_a_program_knows_what_it_will_run_on():
-    assert platform() == "cpu"
+    assert target_platform() == "cpu"
     with jax.sharding.set_mesh(make_mesh("data=-1", aot.topology_devices("v5e:2x2"))):
-        assert platform() == "tpu"
+        assert target_platform() == "tpu"

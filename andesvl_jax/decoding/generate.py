@@ -18,8 +18,9 @@ from andesvl_jax.decoding.compact import compact
 from andesvl_jax.decoding.sampling import SamplingOptions, penalize, sample
 from andesvl_jax.inputs.packing import Batch, bucket
 from andesvl_jax.model.andesvl import AndesVL, embed_inputs, encode_images
-from andesvl_jax.model.attention import Place, platform
+from andesvl_jax.model.attention import Place
 from andesvl_jax.model.decoder import decode, embed_tokens, logits
+from andesvl_jax.model.devices import target_platform
 from andesvl_jax.weights import kernel
 
 
@@ -106,7 +107,7 @@ def start(last, cache: Cache, tokens, positions, new_tokens: int) -> DecodingSta
     return DecodingState(
         step=jnp.zeros((), jnp.int32), tokens=jnp.zeros((rows, new_tokens), jnp.int32), counts=zeros, done=zeros > 0,
         last=last, in_prompt=seen, in_answer=jnp.zeros_like(seen),
-        cache=grow(cache, new_tokens).replace(streamed=platform() == "cpu" and kernel.available()),
+        cache=grow(cache, new_tokens).replace(streamed=target_platform() == "cpu" and kernel.available()),
     )  # fmt: skip
 
 

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from andesvl_jax.cache.kv import Cache
+from andesvl_jax.config import ATTENTION_BACKENDS
+from andesvl_jax.errors import UserError
+from andesvl_jax.model.devices import target_platform
+from andesvl_jax.model.splash import splash
 from andesvl_jax.weights import kernel
 
 FEW_QUERIES = 16  # of a row: what the compiled kernel is for
@@ -24,13 +28,6 @@ class Place:
     segments: jax.Array | None = None
 
 
-def platform() -> str:
-    """What the program being traced will run on: the platform of the mesh in effect (`jax.set_mesh`), which need not be attached,
-    else the default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def visible(queries: Place, keys: Place, causal: bool) -> jax.Array:
     """bool [B, 1 or K, T, S]: key present, in the query's segment, and (causal) not after the query."""
     key = keys.positions if keys.positions.ndim == 3 else keys.positions[:, None]
@@ -43,19 +40,45 @@ def visible(queries: Place, keys: Place, causal: bool) -> jax.Array:
     return mask
 
 
+def pick(backend: str, own: bool) -> str:
+    """The backend that runs for the one that the config asks for: "auto" is splash on TPU and chunked elsewhere.
+
+    Args:
+      own: the keys are those of the queries' own tokens, in the same slots. Splash sees no others: through a cache "auto" is
+        chunked.
+    Raises:
+      UserError: splash for another platform than TPU, or through a cache.
+      ValueError: an unknown backend.
+    """
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention backend is {backend!r}, expected one of {ATTENTION_BACKENDS}")
+    platform = target_platform()
+    if backend == "auto":
+        return "splash" if own and platform == "tpu" else "chunked"
+    if backend == "splash" and platform != "tpu":
+        raise UserError(f"config field attention: found 'splash', a kernel for TPU, on {platform}; expected 'auto' or 'chunked'.")
+    if backend == "splash" and not own:
+        raise UserError("config field attention: found 'splash', which reads no cache; expected 'auto' or 'chunked' to decode.")
+    return backend
+
+
 def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chunk: int) -> jax.Array:
     """Softmax attention with scale H^-0.5.
 
     Args:
-      q: [B, T, N, H]; k, v: [B, K, S, H]; queries, keys: where each stands.
-      backend: "einsum" holds all T x S scores; "chunked" holds those of `chunk` queries at a time, also in the backward pass.
+      q: [B, T, N, H]; k, v: [B, K, S, H]; queries, keys: where each stands. One and the same Place says that the keys are those
+        of the queries' own tokens, whose positions rise with the slots of a segment.
+      backend: "einsum" holds all T x S scores; "chunked" holds those of `chunk` queries at a time, also in the backward pass;
+        "splash" (TPU) those of a block of queries and keys; "auto" as `pick`.
     Returns:
       [B, T, N, H] in q's dtype. Scores and softmax are float32.
     Raises:
-      ValueError: an unknown backend.
+      UserError, ValueError: as `pick`.
     """
-    if backend not in ("einsum", "chunked"):
-        raise ValueError(f"attention backend is {backend!r}, expected 'einsum' or 'chunked'")
+    backend = pick(backend, own=queries is keys)
+    if backend == "splash":
+        segments = 0 if queries.segments is None else queries.segments
+        return splash(q, k, v, jnp.where(queries.positions < 0, -1, segments), causal)
     if backend == "einsum" or q.shape[1] <= chunk:
         return _einsum(q, k, v, queries, keys, causal)
     return _chunked(q, k, v, queries, keys, causal, chunk)
@@ -65,7 +88,7 @@ def _chunked(q, k, v, queries: Place, keys: Place, causal: bool, chunk: int) -> 
     """Blocks of `chunk` queries, one after the other; on CPU also one kv head after the other, so that scores stay in cache."""
     b, t, n, h = q.shape
     heads = k.shape[1]
-    together = 1 if platform() == "cpu" else heads
+    together = 1 if target_platform() == "cpu" else heads
     blocks = math.ceil(t / chunk)
 
     def split_queries(x, fill=0):  # [B, T, ...] -> [blocks, B, chunk, ...]

@@ -18,6 +18,7 @@ from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.packing import Budget
 from andesvl_jax.model.andesvl import AndesVL, describe
+from andesvl_jax.model.devices import HEAD_AXES, ROW_AXES
 from andesvl_jax.weights import Param, dense, is_param, path_name
 from andesvl_jax.weights.gathered import Gathered, relayout
 
@@ -33,12 +34,12 @@ class ShardingRules:
     for the names in `or_replicated`, which are then left whole.
     """
 
-    batch: Axes = ("data", "fsdp")
+    batch: Axes = ROW_AXES
     layers: Axes = ()
     embed: Axes = ("fsdp",)
     merged: Axes = ("fsdp",)
     mlp: Axes = ("tensor",)
-    heads: Axes = ("tensor",)
+    heads: Axes = HEAD_AXES
     kv_heads: Axes = ("tensor",)
     qkv: Axes = ()  # the encoder's q, k and v side by side: a cut would run through the borders between them
     vocab: Axes = ("tensor",)

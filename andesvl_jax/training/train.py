@@ -25,6 +25,7 @@ from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import Batch
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, describe, forward, unstack_layers
+from andesvl_jax.model.devices import compiled_for, target_platform
 from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint
 from andesvl_jax.training.config import Optimizer, TrainConfig
 from andesvl_jax.training.metrics import MetricsWriter, write_run_record
@@ -61,10 +62,10 @@ def loss_fn(
     params = freeze(params, optimizer)
     if mesh is not None:
         params = gather(params, config, mesh)
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if platform == "cpu":  # measured by `andesvl bench train_step`: a scanned step is slower there
-        params = unstack_layers(params)
-    hidden = forward(params, config, batch)
+    with compiled_for(mesh):
+        if target_platform() == "cpu":  # measured by `andesvl bench train_step`: a scanned step is slower there
+            params = unstack_layers(params)
+        hidden = forward(params, config, batch)
     head = AndesVL(None, None, params.decoder.replace(layers=None))
     total, weight = sum_over_rows(cross_entropy, mesh)(head, hidden, batch.target_slots, batch.targets, batch.target_weights)
     return total / jnp.maximum(weight, 1.0), weight

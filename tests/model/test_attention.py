@@ -10,6 +10,7 @@ from andesvl_jax.cache.kv import Cache
 from andesvl_jax.decoding import generate
 from andesvl_jax.decoding.sampling import sampling_options
 from andesvl_jax.inputs.packing import ImageRow, assemble_prompts, make_sample
+from andesvl_jax.model import attention
 from andesvl_jax.model.andesvl import encode_images, for_decoding
 from andesvl_jax.model.attention import Place, attend, attend_cache
 from andesvl_jax.weights import kernel
@@ -47,6 +48,28 @@ def test_memory_of_the_encoder_grows_with_the_patches_not_with_their_square():
     small, large = temporary(32), temporary(64)
     assert large <= 5 * small
     assert large < 4096 * 4096 * 4  # less than the scores of one head
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # one kv head after the other, all together
+@pytest.mark.parametrize("causal", [True, False])
+def test_neither_pass_of_blocks_holds_the_square(causal, platform, monkeypatch):
+    monkeypatch.setattr(attention, "target_platform", lambda: platform)
+
+    def temporary(t: int) -> int:
+        q, kv, slots = (
+            jax.ShapeDtypeStruct(s, d) for s, d in (((1, t, 4, 8), "float32"), ((1, 2, t, 8), "float32"), ((1, t), "int32"))
+        )
+
+        def loss(q, k, v, positions, segments):
+            place = Place(positions, segments)
+            return attend(q, k, v, place, place, causal, "chunked", 32).sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, kv, kv, slots, slots).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(1024), temporary(4096)
+    assert large <= 4.5 * small  # as the tokens
+    assert large < 4096 * 4096 * 4 / 2  # half the scores of one of four heads
 
 
 @needs_kernel
