@@ -276,6 +276,7 @@ def _bench(args) -> dict[str, Any]:
 
 def _aot(args) -> dict[str, Any]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiling asks for no device, so a TPU that is there stays free
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # without a TPU such programs can be written to it but not read
     from andesvl_jax.aot import STEPS, plan, plan_table
     from andesvl_jax.training.config import load_config
 

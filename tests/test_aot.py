@@ -33,7 +33,8 @@ def get_config(name):
 
 
 @pytest.fixture
-def file(tmp_path):
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # the verb turns it off; put back for what the tests start
     (tmp_path / "short.py").write_text(FILE)
     return tmp_path / "short.py"
 
