@@ -18,7 +18,7 @@ MESHES = {  # weights travel between as few chips as hold the state, rows go eve
     "andesvl-1b": {"v5e-16": "fsdp=16", "v5e-64": "data=4,fsdp=16", "v5e-256": "data=16,fsdp=16", "v6e-64": "data=4,fsdp=16"},
     "andesvl-4b": {"v5e-16": "fsdp=16", "v5e-64": "fsdp=64", "v5e-256": "data=4,fsdp=64", "v6e-64": "data=4,fsdp=16"},
 }
-# Four chips share a row of 16,384 tokens, a quarter of them visual: with a row of its own, half visual, a v5e of 16 needs 17.5 GiB.
+# Four chips share a row of 16,384 tokens, a quarter of it visual: a row each, half of it visual, takes 17.5 GiB on v5e-16.
 LONG_4B = {"v5e-16": "fsdp=4,tensor=4", "v5e-64": "fsdp=16,tensor=4", "v5e-256": "data=4,fsdp=16,tensor=4"}
 TOKENS = (4096, 16384)  # of a row
 
