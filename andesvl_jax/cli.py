@@ -19,7 +19,8 @@ from andesvl_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns 0, or 2 after a sentence on standard error about what was wrong with the input."""
+    """Runs one verb. Returns 0; 1 when `aot` finds that a step does not fit; 2 after a sentence on standard error about what was
+    wrong with the input."""
     args = _parser().parse_args(argv)
     try:
         result = args.run(args)
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
-    return 0
+    return 0 if result.get("fits", True) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,6 +130,15 @@ def _parser() -> argparse.ArgumentParser:
     bench = verb("bench", _bench, "time this network beside the same network in PyTorch")
     bench.add_argument("name", choices=("decode", "full_size", "train_step", "vision"))
     bench.add_argument("--config", help="a configuration by name (default: andesvl-0.6b; train_step: nano, vision: andesvl-1b)")
+
+    aot = verb("aot", _aot, "what a configuration's steps cost on a TPU slice that is not attached; exit code 1: it does not fit")
+    aot.add_argument("--config", required=True, help="as for train, e.g. configs/tpu.py:andesvl-1b/v5e-16/4096")
+    aot.add_argument("--topology", required=True, help="chip and layout of chips, e.g. v5e:16x16 or v6e:8x8")
+    aot.add_argument("--mesh", metavar="AXES", help="as for train (default: the configuration's, else fsdp=-1)")
+    aot.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field, e.g. budget.rows=32")
+    aot.add_argument(
+        "--step", action="append", choices=("train", "prefill", "decode"), help="may be given several times (default: all three)"
+    )
     return parser
 
 
@@ -306,6 +316,19 @@ def _bench(args) -> dict[str, Any]:
     for row in result["rows"]:
         print("  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
     return result
+
+
+def _aot(args) -> dict[str, Any]:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiling asks for no device, so a TPU that is there stays free
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # without a TPU such programs can be written to it but not read
+    from andesvl_jax.aot import STEPS, plan, plan_table
+    from andesvl_jax.training.config import load_config
+
+    config = load_config(args.config, args.set)
+    say = lambda step: print(f"compiling {step} ...", file=sys.stderr, flush=True)  # noqa: E731
+    result = plan(config, args.topology, args.mesh, args.step or STEPS, say)
+    print(plan_table(result))
+    return {"config": args.config} | result
 
 
 def _command() -> str:

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # part -> floor; a part may import from floors below and from its own
 FLOORS = {
     "errors": 0, "config": 0, "weights": 1, "cache": 1, "inputs": 1, "model": 2, "data": 3, "checkpoints": 3, "decoding": 4,
-    "training": 5, "compression": 5, "evaluation": 5, "export": 5, "prepare": 5, "demo": 6, "cli": 6,
+    "training": 5, "compression": 5, "evaluation": 5, "export": 5, "prepare": 5, "aot": 6, "demo": 6, "cli": 6,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from andesvl_jax.inputs.packing import Batch, bucket
 from andesvl_jax.model.andesvl import AndesVL, embed_inputs, encode_images
 from andesvl_jax.model.attention import Place
 from andesvl_jax.model.decoder import decode, embed_tokens, logits
+from andesvl_jax.model.devices import target_platform
 from andesvl_jax.weights import kernel
 
 
@@ -98,14 +99,15 @@ def decode_until(
 
 
 @functools.partial(jax.jit, static_argnames=("new_tokens",))
-def _start(last, cache: Cache, tokens, positions, new_tokens: int) -> DecodingState:
+def start(last, cache: Cache, tokens, positions, new_tokens: int) -> DecodingState:
+    """What `decode_until` begins with: the outcome of `prefill`, the prompts, and room for `new_tokens` more in each row."""
     rows, vocabulary = last.shape
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], tokens].max(positions >= 0)
     zeros = jnp.zeros(rows, jnp.int32)
     return DecodingState(
         step=jnp.zeros((), jnp.int32), tokens=jnp.zeros((rows, new_tokens), jnp.int32), counts=zeros, done=zeros > 0,
         last=last, in_prompt=seen, in_answer=jnp.zeros_like(seen),
-        cache=grow(cache, new_tokens).replace(streamed=jax.default_backend() == "cpu" and kernel.available()),
+        cache=grow(cache, new_tokens).replace(streamed=target_platform() == "cpu" and kernel.available()),
     )  # fmt: skip
 
 
@@ -119,7 +121,7 @@ def run(
     """
     visual = None if batch.images is None else visual_tokens(params, config, batch.images)
     last, cache = prefill(params, config, batch.tokens, batch.positions, visual, batch.visual_index, eviction)
-    state = _start(last, cache, batch.tokens, batch.positions, bucket(new_tokens, 16))
+    state = start(last, cache, batch.tokens, batch.positions, bucket(new_tokens, 16))
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
     chunk = chunk or new_tokens
     for limit in range(chunk, new_tokens + chunk, chunk):

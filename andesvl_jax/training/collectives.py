@@ -10,6 +10,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(?:body|to_apply|calls|called_computation|true_computation|false_computation)=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BOUND = re.compile(r"compare\(.*?%([\w.\-]+)\), direction=LT")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -24,7 +27,10 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """Every collective of a compiled program (`compiled.as_text()`); those in loops of known length count each round."""
+    """Every collective of a compiled program (`compiled.as_text()`); those in loops of known length count each round.
+
+    A TPU program spreads one gather over what runs beside it, loops too; its pieces share a channel and count as one.
+    """
     bodies: dict[str, list[str]] = {}
     entry = name = None
     for line in hlo.splitlines():
@@ -35,22 +41,25 @@ def collectives(hlo: str) -> list[Collective]:
             bodies[name] = []
         elif name is not None:
             bodies[name].append(line)
-    found: list[Collective] = []
+    found: dict[str, Collective] = {}
 
     def walk(computation: str, times: int) -> None:
         for line in bodies.get(computation, ()):
             collective = _COLLECTIVE.search(line)
             if collective:
-                shape = _received(collective[1], asynchronous=bool(collective[3]), kind=collective[2])
-                found.append(Collective(collective[2], shape, _bytes(shape), times))
+                channel = _CHANNEL.search(line)
+                name = channel[0] if channel else f"{computation} {line}"
+                if name not in found or times < found[name].times:
+                    shape = _received(collective[1], asynchronous=bool(collective[3]), kind=collective[2])
+                    found[name] = Collective(collective[2], shape, _bytes(shape), times)
                 continue
-            trips = _TRIPS.search(line)
+            rounds = _rounds(line, bodies)
             for called in _CALLED.findall(line):
-                walk(called, times * (int(trips[1]) if trips else 1))
+                walk(called, times * rounds)
 
     if entry is not None:
         walk(entry, 1)
-    return found
+    return list(found.values())
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
@@ -61,6 +70,17 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
         total["count"] += c.times
         total["bytes"] += c.times * c.bytes
     return totals
+
+
+def _rounds(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a line's computations run: a loop's known length, or the constant that its condition counts up to; else 1."""
+    known, condition = _TRIPS.search(line), _CONDITION.search(line)
+    if known or condition is None:
+        return int(known[1]) if known else 1
+    tests = "\n".join(bodies.get(condition[1], ()))
+    bound = _BOUND.search(tests)
+    value = bound and re.search(rf"%{re.escape(bound[1])} = s32\[\]\S* constant\((\d+)\)", tests)
+    return int(value[1]) if value else 1
 
 
 def _received(shape: str, asynchronous: bool, kind: str) -> str:

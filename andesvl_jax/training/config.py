@@ -3,10 +3,11 @@
 import ast
 import dataclasses
 import difflib
+import inspect
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Sequence
+from typing import Any, Literal, Mapping, Sequence
 
 from andesvl_jax.config import CONFIGS, AndesVLConfig
 from andesvl_jax.data.mixture import Mixture
@@ -67,15 +68,32 @@ class TrainConfig:
 def load_config(path: str, changes: Sequence[str] = ()) -> TrainConfig:
     """Runs a config file's `get_config()` and applies "optimizer.decoder=1e-3"-style changes.
 
+    Args:
+      path: of the file; "configs/stages.py:nano/sft" takes one of several configurations of a file, `get_config("nano/sft")`.
     Raises:
-      UserError: no such file or function, an unknown field, or a value that is no Python literal.
+      UserError: no such file, function or configuration, an unknown field, or a value that is no Python literal.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file.")
-    make = runpy.run_path(path).get("get_config")
+    file, separator, name = path.rpartition(":")
+    file, names = (file, [name]) if separator and not Path(path).is_file() else (path, [])
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such config file.")
+    make = runpy.run_path(file).get("get_config")
     if make is None:
-        raise UserError(f"{path}: has no get_config(), expected a function that returns a TrainConfig.")
-    return with_changes(make(), changes)
+        raise UserError(f"{file}: has no get_config(), expected a function that returns a TrainConfig.")
+    parameters = inspect.signature(make).parameters
+    if len(names) != len(parameters):
+        raise UserError(
+            f"{path}: {'holds one configuration' if names else 'holds several'}, expected {file}{'' if names else ':NAME'}."
+        )
+    return with_changes(make(*names), changes)
+
+
+def named_config(configs: Mapping[str, TrainConfig], name: str, file: str) -> TrainConfig:
+    """One of several configurations of a file. Raises UserError for a name that there is not."""
+    if name not in configs:
+        near = difflib.get_close_matches(name, configs, 1, cutoff=0)
+        raise UserError(f"{file}: has no configuration {name!r}; expected one of {len(configs)}, such as {near[0]}.")
+    return configs[name]
 
 
 def with_changes(config: TrainConfig, changes: Sequence[str]) -> TrainConfig:

@@ -157,6 +157,33 @@ ENTRY %main (x: f32[4]) -> f32[4] {
     }
 
 
+def test_the_pieces_of_a_tpu_gather_count_once_and_its_loops_by_their_condition():
+    hlo = """HloModule jit_f
+%piece (a: bf16[2,8]) -> bf16[16,8] {
+  %ag.2 = bf16[16,8]{1,0} all-gather(%a), channel_id=7, dimensions={0}
+}
+%inner (p: (s32[])) -> (s32[]) {
+  %f = bf16[16,8]{1,0} fusion(%y), kind=kOutput, calls=%piece
+}
+%blocks (p: (s32[])) -> pred[] {
+  %c.1 = s32[]{:T(128)} constant(16)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %c.1), direction=LT
+}
+%body (p: (s32[])) -> (s32[]) {
+  %ag.1 = bf16[16,8]{1,0} all-gather(%y), channel_id=7, dimensions={0}
+  %w.2 = (s32[]) while(%t), condition=%blocks, body=%inner
+}
+%layers (p: (s32[])) -> pred[] {
+  %c.2 = s32[]{:T(128)} constant(28)
+  ROOT %lt.2 = pred[]{:T(512)} compare(%i, %c.2), direction=LT
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w.1 = (s32[]) while(%t), condition=%layers, body=%body
+}
+"""
+    assert by_kind(collectives(hlo)) == {"all-gather": {"count": 28, "bytes": 28 * 16 * 8 * 2}}
+
+
 def test_a_run_on_a_mesh_of_one_device_equals_a_run_without(tiny_run, tmp_path):
     """The whole path of --mesh with what every machine has: losses to float32's last digits."""
     from andesvl_jax.training.metrics import read_metrics
