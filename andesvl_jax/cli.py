@@ -15,23 +15,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "andesvl-jax" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-from andesvl_jax.errors import UserError
+from andesvl_jax.errors import UserError, explained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns 0, or 2 after a sentence on standard error about what was wrong with the input."""
+    """Runs one verb. Returns 0, or after a sentence on standard error 2 for wrong input, or what `RunEnded` says."""
     args = _parser().parse_args(argv)
     try:
         result = args.run(args)
-    except UserError as error:
-        print(f"andesvl: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a missing permission: the person can mend it
-        print(
-            f"andesvl: {error.filename or 'file system'}: {error.strerror or error}; nothing saved before is lost.",
-            file=sys.stderr,
-        )
-        return 2
+    except Exception as error:
+        found = explained(error)
+        if found is None:
+            raise
+        print(f"andesvl: {found[0]}", file=sys.stderr)
+        return found[1]
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
     return 0
@@ -102,7 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--mesh", metavar="AXES", help="spread over all devices, e.g. data=2,fsdp=-1 (-1: the rest; axes: data, fsdp, tensor)"
     )
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        help="go on from the newest checkpoint in --out; auto: begin if there is none, for jobs that a cluster starts again",
+    )
 
     evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled-picture controls")
     evaluate.add_argument("--model", required=True, help="checkpoint directory")
@@ -213,12 +216,14 @@ def _info(args) -> dict[str, Any]:
 
 def _train(args) -> dict[str, Any]:
     from andesvl_jax.training.config import load_config
+    from andesvl_jax.training.hosts import joined
     from andesvl_jax.training.train import train
 
-    config = load_config(args.config, args.set)
-    if args.mesh is not None:
-        config = replace(config, mesh=args.mesh)
-    train(config, args.out, args.resume, _command())
+    with joined():
+        config = load_config(args.config, args.set)
+        if args.mesh is not None:
+            config = replace(config, mesh=args.mesh)
+        train(config, args.out, args.resume or False, _command())
     return {"out": args.out, "model": f"{args.out}/model", "steps": config.steps}
 
 

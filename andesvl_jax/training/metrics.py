@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +15,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 class MetricsWriter:
-    """Appends one JSON object a call to metrics.jsonl and the same numbers to TensorBoard."""
+    """Appends one JSON object a call to metrics.jsonl and the same numbers to TensorBoard; does nothing unless `writes`."""
 
-    def __init__(self, out: Path):
-        self._lines = open(out / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = SummaryWriter(str(out / "tensorboard"))
+    def __init__(self, out: Path, writes: bool = True):
+        self._lines = open(out / "metrics.jsonl" if writes else os.devnull, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(out / "tensorboard"), write_to_disk=writes)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._lines.write(json.dumps({"step": step} | values) + "\n")
@@ -52,4 +53,6 @@ def environment() -> dict[str, Any]:
 
 def write_run_record(out: Path, config: Any, command: str) -> None:
     record = {"command": command, "environment": environment(), "config": dataclasses.asdict(config)}
-    (out / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    staged = out / "run.json.new"
+    staged.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    staged.replace(out / "run.json")  # a full disk leaves the record of before

@@ -3,9 +3,12 @@
 B batch rows, T tokens, P patches, M supervised tokens of a row.
 """
 
+import contextlib
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +23,19 @@ from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.checkpoints.hf import load, save
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.data.pipeline import batches
-from andesvl_jax.errors import UserError
+from andesvl_jax.errors import RunEnded, UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import Batch
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, describe, forward, unstack_layers
 from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint
 from andesvl_jax.training.config import Optimizer, TrainConfig
+from andesvl_jax.training.hosts import data_share, from_all, is_first, on_devices, stop_signal, whole
 from andesvl_jax.training.metrics import MetricsWriter, write_run_record
 from andesvl_jax.training.objectives import cross_entropy
 from andesvl_jax.training.optimizer import freeze, make_optimizer
+from andesvl_jax.training.run_directory import check_same_run, only_run
 from andesvl_jax.training.sharding import (
-    batch_sharding,
     check_rows,
     gather,
     make_mesh,
@@ -122,20 +126,48 @@ def init_state(config: TrainConfig, params: AndesVL | None = None, mesh: Mesh | 
     return TrainState(jnp.zeros((), jnp.int32), params, moments, jnp.zeros((), jnp.int32))
 
 
-def train(config: TrainConfig, out: str | Path, resume: bool = False, command: str = "") -> Bundle:
+def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
+    """Shapes, types and places of `init_state`, for a restored state that needs no other beside it in memory."""
+    shapes = jax.eval_shape(functools.partial(init_state, config))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    at = jax.tree.map(lambda _: one, shapes) if mesh is None else state_shardings(config.model, config.optimizer, mesh)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, at)
+
+
+def train(config: TrainConfig, out: str | Path, resume: Literal["must", "auto"] | bool = False, command: str = "") -> Bundle:
     """Runs `config.steps` steps and writes `out`/model (HF layout), checkpoints, metrics and the record of the run.
 
+    Every process of a run calls it (see `training.hosts`); the first one writes. SIGTERM saves a checkpoint.
+
+    Args:
+      resume: go on from the newest checkpoint; "auto": begin if there is none.
     Raises:
-      UserError: `out` holds a run and resume is False, there is no tokenizer, or the loss stays non-finite.
+      UserError: `out` holds a run and resume is False, another process trains in it or it is another configuration's, there is
+        no tokenizer, or the loss stays non-finite. RunEnded: after SIGTERM.
     """
     out = Path(out)
+    with only_run(out) if is_first() else contextlib.nullcontext(), stop_signal() as stop:
+        manager = open_manager(out / "checkpoints", config.keep)
+        try:
+            return _train(config, out, manager, resume, command, stop)
+        except UserError:
+            with contextlib.suppress(Exception):  # the error at hand says what is wrong
+                manager.wait_until_finished()  # a save that has begun is not lost
+            raise
+
+
+def _train(config: TrainConfig, out: Path, manager, resume, command: str, stop: Callable[[int], bool]) -> Bundle:
     mesh = None if config.mesh is None else make_mesh(config.mesh)
+    share, shares = data_share(mesh)
     if mesh is not None:
         check_rows(config.budget, mesh)
-        print(sharding_table(config.model, mesh))
-    manager = open_manager(out / "checkpoints", config.keep)
+        if is_first():
+            print(sharding_table(config.model, mesh))
     if manager.latest_step() is not None and not resume:
         raise UserError(f"{out}: holds a run up to step {manager.latest_step()}; give --resume or another --out.")
+    resume = resume is True or resume == "must" or (resume == "auto" and manager.latest_step() is not None)
+    if resume:
+        check_same_run(out, config)
 
     # ---- model and data
     start = (
@@ -148,21 +180,25 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
         raise UserError(f"{config.tokenizer or out}: has no tokenizer.json, expected one beside the run or in init_from.")
     model = config.model.replace(image_token_id=tokenizer.image_token_id)
     processor = ImageProcessor.from_hf({"min_tokens": config.min_tokens}, model.vision, max_size=config.max_size)
-    data = iter(batches(config.data, tokenizer, processor, config.budget, model.vision.patch_features, config.loss_average))
-    state = init_state(config, None if start is None else start.params, mesh)
+    features, average = model.vision.patch_features, config.loss_average
+    data = on_devices(batches(config.data, tokenizer, processor, config.budget, features, average, share, shares), mesh)
     if resume:
-        state = restore_latest(manager, state, data)
-    write_run_record(out, config, command)
+        state = restore_latest(manager, abstract_state(config, mesh), data)
+    else:
+        state = init_state(config, None if start is None else start.params, mesh)
+    if is_first():
+        write_run_record(out, config, command)
 
     # ---- steps
     first, seen, began = int(state.step), 0, time.perf_counter()
-    with MetricsWriter(out) as writer, tqdm(total=config.steps, initial=first, unit="step", disable=None) as bar:
+    before = None  # metrics of the step before
+    quiet = None if is_first() else True
+    with MetricsWriter(out, is_first()) as writer, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
         for step in range(first + 1, config.steps + 1):
             waited = time.perf_counter()
-            batch = next(data)
+            batch, placed = next(data)
             waited = time.perf_counter() - waited
-            seen += int(np.count_nonzero(batch.segments >= 0))
-            placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
+            seen += shares * int(np.count_nonzero(batch.segments >= 0))  # rows are filled alike
             state, metrics = train_step(state, placed, model, config.optimizer, config.steps, mesh)
             if step % config.log_every == 0 or step in (first + 1, config.steps):
                 values = {name: float(value) for name, value in metrics.items()}
@@ -175,10 +211,19 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
                         f"values: lower the optimizer's rates and --resume from step {manager.latest_step()}."
                     )
             bar.update()
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            stopping = stop(step) and step < config.steps
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 save_checkpoint(manager, step, state, data)
+            if stopping:
+                finish_checkpoints(manager)
+                raise RunEnded(f"SIGTERM: saved step {step} in {out}; go on with --resume.", RunEnded.STOPPED)
+            jax.block_until_ready(before)  # the host is never further ahead than that, so that a signal is soon answered
+            before = metrics
     finish_checkpoints(manager)
 
-    bundle = Bundle(model, state.params, tokenizer, processor, {"do_sample": False, "eos_token_id": [tokenizer.im_end_id]})
-    save(bundle, out / "model")
+    params = whole(state.params)
+    bundle = Bundle(model, params, tokenizer, processor, {"do_sample": False, "eos_token_id": [tokenizer.im_end_id]})
+    if is_first():
+        save(bundle, out / "model")
+    from_all(None)  # nobody leaves before the model is written
     return bundle
