@@ -21,15 +21,16 @@ from andesvl_jax.training.hosts import from_all, is_first
 
 def open_manager(path: Path, keep: int) -> ocp.CheckpointManager:
     """A manager that keeps the newest `keep` checkpoints under `path` and clears away what broken saves left."""
-    logging.getLogger("absl").addFilter(_is_news)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
     path.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(path.absolute(), options=options)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that Orbax's writer threads log; `wait_until_finished` raises the same errors here."""
-    return not record.pathname.endswith("futures/future.py")
+    """False for the tracebacks of Orbax's writer threads and tasks; `wait_until_finished` raises the same errors here."""
+    return not (record.pathname.endswith("futures/future.py") or "exception was never retrieved" in str(record.msg))
 
 
 def save_checkpoint(manager: ocp.CheckpointManager, step: int, state, data) -> None:

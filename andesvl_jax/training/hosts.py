@@ -77,9 +77,10 @@ def _join() -> bool:
         raise UserError(f"environment: the other processes of the run cannot be found ({error}).") from error
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise RunEnded(
-            f"the processes of the run did not meet within {JOIN_SECONDS} s ({reason}); {AGAIN}.", RunEnded.TRY_AGAIN
-        ) from error
+        sentence = f"the processes of the run did not meet within {JOIN_SECONDS} s ({reason}); {AGAIN}."
+        raise RunEnded(sentence, RunEnded.TRY_AGAIN) from error
+    except RuntimeError:  # devices are in use already: the caller is a program of its own, which has joined or stays alone
+        return False
     if jax.process_count() == 1:
         return False
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
