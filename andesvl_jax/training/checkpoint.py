@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -17,6 +18,8 @@ import orbax.checkpoint as ocp
 from andesvl_jax.data.pipeline import join_states
 from andesvl_jax.errors import UserError
 from andesvl_jax.training.hosts import from_all, is_first
+
+SETTLE_SECONDS = 10
 
 
 def open_manager(path: Path, keep: int) -> ocp.CheckpointManager:
@@ -60,6 +63,21 @@ def finish_checkpoints(manager: ocp.CheckpointManager) -> None:
     with _clear_disk_errors(manager):
         manager.wait_until_finished()
     manager.close()
+
+
+def settle(manager: ocp.CheckpointManager) -> None:
+    """After an error elsewhere, lets a save that has begun come to its end.
+
+    Among several processes not for ever: it needs them all, and one may be stuck in a step that waits for this process.
+    """
+
+    def wait() -> None:
+        with contextlib.suppress(Exception):  # the error at hand says what is wrong
+            manager.wait_until_finished()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(None if jax.process_count() == 1 else SETTLE_SECONDS)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import Batch
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, describe, forward, unstack_layers
-from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint
+from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint, settle
 from andesvl_jax.training.config import Optimizer, TrainConfig
 from andesvl_jax.training.hosts import data_share, from_all, is_first, on_devices, stop_signal, whole
 from andesvl_jax.training.metrics import MetricsWriter, write_run_record
@@ -151,8 +151,7 @@ def train(config: TrainConfig, out: str | Path, resume: Literal["must", "auto"] 
         try:
             return _train(config, out, manager, resume, command, stop)
         except UserError:
-            with contextlib.suppress(Exception):  # the error at hand says what is wrong
-                manager.wait_until_finished()  # a save that has begun is not lost
+            settle(manager)
             raise
 
 
