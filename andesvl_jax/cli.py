@@ -15,24 +15,21 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "andesvl-jax" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-from andesvl_jax.errors import UserError
+from andesvl_jax.errors import UserError, explained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns 0; 1 when `aot` finds that a step does not fit; 2 after a sentence on standard error about what was
-    wrong with the input."""
+    """Runs one verb. Returns 0; 1 when `aot` finds that a step does not fit; after a sentence on standard error 2 for wrong
+    input, or what `RunEnded` says."""
     args = _parser().parse_args(argv)
     try:
         result = args.run(args)
-    except UserError as error:
-        print(f"andesvl: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a missing permission: the person can mend it
-        print(
-            f"andesvl: {error.filename or 'file system'}: {error.strerror or error}; nothing saved before is lost.",
-            file=sys.stderr,
-        )
-        return 2
+    except Exception as error:
+        found = explained(error)
+        if found is None:
+            raise
+        print(f"andesvl: {found[0]}", file=sys.stderr)
+        return found[1]
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
     return 0 if result.get("fits", True) else 1
@@ -105,7 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps to --out/profile")
     start = train.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    start.add_argument(
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        help="go on from the newest checkpoint in --out; auto: begin if there is none, for jobs that a cluster starts again",
+    )
     start.add_argument(
         "--replay", action="store_true", help="run the batch again that stopped the run in --out, and nothing else"
     )
@@ -239,19 +242,21 @@ def _info(args) -> dict[str, Any]:
 
 def _train(args) -> dict[str, Any]:
     from andesvl_jax.training.config import load_config
+    from andesvl_jax.training.hosts import joined
     from andesvl_jax.training.train import train
 
-    config = load_config(args.config, args.set)
-    if args.mesh is not None:
-        config = replace(config, mesh=args.mesh)
-    if args.replay:
-        from andesvl_jax.training.replay import replay
+    with joined():
+        config = load_config(args.config, args.set)
+        if args.mesh is not None:
+            config = replace(config, mesh=args.mesh)
+        if args.replay:
+            from andesvl_jax.training.replay import replay
 
-        result = replay(config, args.out)
-        print(f"loss {result['loss']}; rows that are not finite: {', '.join(map(str, result['rows'])) or 'none by itself'}")
-        print("\n".join(f"gradient not finite: {name}" for name in result["gradients"]))
-        return result
-    train(config, args.out, args.resume, _command(), args.profile)
+            result = replay(config, args.out)
+            print(f"loss {result['loss']}; rows that are not finite: {', '.join(map(str, result['rows'])) or 'none by itself'}")
+            print("\n".join(f"gradient not finite: {name}" for name in result["gradients"]))
+            return result
+        train(config, args.out, args.resume or False, _command(), args.profile)
     return {"out": args.out, "model": f"{args.out}/model", "steps": config.steps}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import resource
 import sys
@@ -10,7 +11,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Collection, Iterator, Sequence
+from typing import Any, Collection, Iterator, Sequence, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from andesvl_jax.model.andesvl import AndesVL
 from andesvl_jax.model.flops import PARTS, batch_flops
 from andesvl_jax.training.peak import peak_flops
 
+T = TypeVar("T")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
@@ -38,11 +40,11 @@ class Meter:
 
     Args:
       trained: parts with a learning rate. devices: those of this process that work; the batches that it sees are its own rows,
-        and every process is taken to have as many tokens.
+        one of `shares` parts that are taken to have as many tokens.
     """
 
-    def __init__(self, config: AndesVLConfig, trained: Collection[str], devices: Sequence[jax.Device]):
-        self._config, self._trained, self._devices = config, trained, devices
+    def __init__(self, config: AndesVLConfig, trained: Collection[str], devices: Sequence[jax.Device], shares: int = 1):
+        self._config, self._trained, self._devices, self._shares = config, trained, devices, shares
         self._watcher = ThreadPoolExecutor(1)  # sees when each step ends, while the loop goes on
         self._ended: Future | None = None  # of the step before
         self._start()
@@ -51,12 +53,12 @@ class Meter:
         self._since, self._counts = time.perf_counter(), Counter()
         self._draws: list[tuple[float, float, Future | None]] = []
 
-    def draw(self, data: Iterator[Batch]) -> Batch:
-        """The next batch, with a note of how long it took."""
+    def draw(self, data: Iterator[T]) -> T:
+        """The next element, with a note of how long it took."""
         began = time.perf_counter()
-        batch = next(data)
+        element = next(data)
         self._draws.append((began, time.perf_counter(), self._ended))
-        return batch
+        return element
 
     def ran(self, batch: Batch, result: jax.Array) -> None:
         """Counts a step that was started on `batch` and will end with `result`."""
@@ -80,13 +82,13 @@ class Meter:
         idle = sum(max(0.0, end - max(began, before.result() if before else began)) for began, end, before in self._draws)
         values = {
             "step_s": seconds / counts["steps"],
-            "tokens_per_s": counts["tokens"] * jax.process_count() / seconds,
-            "flops_per_s": counts["flops"] * jax.process_count() / seconds,
+            "tokens_per_s": counts["tokens"] * self._shares / seconds,
+            "flops_per_s": counts["flops"] * self._shares / seconds,
             "data_wait": idle / seconds,
         }
         peak = peak_flops(self._devices[0].device_kind)
         if peak is not None:
-            values["mfu"] = counts["flops"] / seconds / (peak * len(self._devices))
+            values["mfu"] = values["flops_per_s"] / (peak * len(self._devices) * jax.process_count())
         values |= {name: total / counts["steps"] for name, total in counts.items() if name.startswith("padding/")}
         self._start()
         return values | peak_memory(self._devices)
@@ -115,11 +117,11 @@ def start_trace(folder: Path, after: Any) -> None:
 
 
 class MetricsWriter:
-    """Appends one JSON object a call to metrics.jsonl and the same numbers to TensorBoard."""
+    """Appends one JSON object a call to metrics.jsonl and the same numbers to TensorBoard; does nothing unless `writes`."""
 
-    def __init__(self, out: Path):
-        self._lines = open(out / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = SummaryWriter(str(out / "tensorboard"))
+    def __init__(self, out: Path, writes: bool = True):
+        self._lines = open(out / "metrics.jsonl" if writes else os.devnull, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(out / "tensorboard"), write_to_disk=writes)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._lines.write(json.dumps({"step": step} | values) + "\n")
@@ -153,4 +155,6 @@ def environment() -> dict[str, Any]:
 
 def write_run_record(out: Path, config: Any, command: str) -> None:
     record = {"command": command, "environment": environment(), "config": dataclasses.asdict(config)}
-    (out / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    staged = out / "run.json.new"
+    staged.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    staged.replace(out / "run.json")  # a full disk leaves the record of before

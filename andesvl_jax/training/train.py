@@ -3,9 +3,12 @@
 B batch rows, T tokens, P patches, M supervised tokens of a row.
 """
 
+import contextlib
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.checkpoints.hf import load, save
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.data.pipeline import batches
-from andesvl_jax.errors import UserError
+from andesvl_jax.errors import RunEnded, UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import Batch
 from andesvl_jax.inputs.tokenizer import Tokenizer
@@ -27,13 +30,14 @@ from andesvl_jax.model.andesvl import AndesVL, describe, forward, unstack_layers
 from andesvl_jax.model.devices import compiled_for, target_platform
 from andesvl_jax.training.bad_batch import keep_bad_batch
 from andesvl_jax.training.batch_pictures import show_batch
-from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint
+from andesvl_jax.training.checkpoint import finish_checkpoints, open_manager, restore_latest, save_checkpoint, settle
 from andesvl_jax.training.config import PARTS, Optimizer, TrainConfig
+from andesvl_jax.training.hosts import data_share, from_all, is_first, on_devices, stop_signal, whole
 from andesvl_jax.training.metrics import Meter, MetricsWriter, norms, start_trace, write_run_record
 from andesvl_jax.training.objectives import cross_entropy
 from andesvl_jax.training.optimizer import freeze, make_optimizer
+from andesvl_jax.training.run_directory import check_same_run, only_run
 from andesvl_jax.training.sharding import (
-    batch_sharding,
     check_rows,
     gather,
     make_mesh,
@@ -127,23 +131,52 @@ def init_state(config: TrainConfig, params: AndesVL | None = None, mesh: Mesh | 
     return TrainState(jnp.zeros((), jnp.int32), params, moments, jnp.zeros((), jnp.int32))
 
 
-def train(config: TrainConfig, out: str | Path, resume: bool = False, command: str = "", profile: bool = False) -> Bundle:
+def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
+    """Shapes, types and places of `init_state`, for a restored state that needs no other beside it in memory."""
+    shapes = jax.eval_shape(functools.partial(init_state, config))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    at = jax.tree.map(lambda _: one, shapes) if mesh is None else state_shardings(config.model, config.optimizer, mesh)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, at)
+
+
+def train(
+    config: TrainConfig, out: str | Path, resume: Literal["must", "auto"] | bool = False, command: str = "", profile: bool = False
+) -> Bundle:
     """Runs `config.steps` steps and writes `out`/model (HF layout), checkpoints, metrics and the record of the run.
 
-    `out`/first_batch shows what the network is given first; `profile` writes a trace of a few steps to `out`/profile.
+    Every process of a run calls it (see `training.hosts`); the first one writes. SIGTERM saves a checkpoint.
+    `out`/first_batch shows what the network is given first.
 
+    Args:
+      resume: go on from the newest checkpoint; "auto": begin if there is none. profile: write a trace of a few steps to
+        `out`/profile.
     Raises:
-      UserError: `out` holds a run and resume is False, there is no tokenizer, too few steps to profile, or the loss stays
-        non-finite; the batch is then kept for `training.replay`.
+      UserError: `out` holds a run and resume is False, another process trains in it or it is another configuration's, there is
+        no tokenizer, too few steps are left to profile, or the loss stays non-finite; the batch is then kept for
+        `training.replay`. RunEnded: after SIGTERM.
     """
     out = Path(out)
+    with only_run(out) if is_first() else contextlib.nullcontext(), stop_signal() as stop:
+        manager = open_manager(out / "checkpoints", config.keep)
+        try:
+            return _train(config, out, manager, resume, command, profile, stop)
+        except UserError:
+            settle(manager)
+            raise
+
+
+def _train(config: TrainConfig, out: Path, manager, resume, command: str, profile: bool, stop: Callable[[int], bool]) -> Bundle:
     mesh = None if config.mesh is None else make_mesh(config.mesh)
+    share, shares = data_share(mesh)
     if mesh is not None:
         check_rows(config.budget, mesh)
-        print(sharding_table(config.model, mesh))
-    manager = open_manager(out / "checkpoints", config.keep)
+        if is_first():
+            print(sharding_table(config.model, mesh))
     if manager.latest_step() is not None and not resume:
         raise UserError(f"{out}: holds a run up to step {manager.latest_step()}; give --resume or another --out.")
+    resume = resume is True or resume == "must" or (resume == "auto" and manager.latest_step() is not None)
+    if resume:
+        check_same_run(out, config)
 
     # ---- model and data
     start = (
@@ -156,24 +189,28 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
         raise UserError(f"{config.tokenizer or out}: has no tokenizer.json, expected one beside the run or in init_from.")
     model = config.model.replace(image_token_id=tokenizer.image_token_id)
     processor = ImageProcessor.from_hf({"min_tokens": config.min_tokens}, model.vision, max_size=config.max_size)
-    data = iter(batches(config.data, tokenizer, processor, config.budget, model.vision.patch_features, config.loss_average))
-    state = init_state(config, None if start is None else start.params, mesh)
+    features, average = model.vision.patch_features, config.loss_average
+    data = on_devices(batches(config.data, tokenizer, processor, config.budget, features, average, share, shares), mesh)
     if resume:
-        state = restore_latest(manager, state, data)
-    write_run_record(out, config, command)
+        state = restore_latest(manager, abstract_state(config, mesh), data)
+    else:
+        state = init_state(config, None if start is None else start.params, mesh)
+    if is_first():
+        write_run_record(out, config, command)
 
     # ---- steps
     first, began = int(state.step), time.perf_counter()
     if profile and config.steps < first + PROFILED[1]:
         raise UserError(f"--profile: {config.steps - first} steps are left, expected at least {PROFILED[1]}.")
     trained = [part for part in PARTS if getattr(config.optimizer, part)]
-    meter = Meter(model, trained, jax.devices()[:1] if mesh is None else mesh.local_devices)
-    with MetricsWriter(out) as writer, tqdm(total=config.steps, initial=first, unit="step", disable=None) as bar:
+    meter = Meter(model, trained, jax.devices()[:1] if mesh is None else mesh.local_devices, shares)
+    before = None  # metrics of the step before
+    quiet = None if is_first() else True
+    with MetricsWriter(out, is_first()) as writer, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
         for step in range(first + 1, config.steps + 1):
-            batch = meter.draw(data)
-            if step == 1:
+            batch, placed = meter.draw(data)
+            if step == 1 and is_first():
                 show_batch(batch, out / "first_batch", tokenizer, processor, SHOWN_ROWS)
-            placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
             if profile and step == first + PROFILED[0]:
                 start_trace(out / "profile", after=state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -188,7 +225,8 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
                 writer.write(step, values)
                 bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{values['tokens_per_s']:.0f}")
                 if values["skipped"] >= MAX_SKIPPED:
-                    kept = keep_bad_batch(out, batch, Bundle(model, state.params, tokenizer, processor))
+                    bundle = Bundle(model, whole(state.params), tokenizer, processor)
+                    kept = keep_bad_batch(out, batch, bundle) if is_first() else "the first process keeps its rows"
                     newest = manager.latest_step()
                     raise UserError(
                         f"step {step}: the loss or gradient was not finite in {int(values['skipped'])} steps in a row, expected "
@@ -196,10 +234,19 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False, command: s
                         f"{'start anew' if newest is None else f'--resume from step {newest}'}."
                     )
             bar.update()
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            stopping = stop(step) and step < config.steps
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 save_checkpoint(manager, step, state, data)
+            if stopping:
+                finish_checkpoints(manager)
+                raise RunEnded(f"SIGTERM: saved step {step} in {out}; go on with --resume.", RunEnded.STOPPED)
+            jax.block_until_ready(before)  # the host is never further ahead than that, so that a signal is soon answered
+            before = metrics
     finish_checkpoints(manager)
 
-    bundle = Bundle(model, state.params, tokenizer, processor, {"do_sample": False, "eos_token_id": [tokenizer.im_end_id]})
-    save(bundle, out / "model")
+    params = whole(state.params)
+    bundle = Bundle(model, params, tokenizer, processor, {"do_sample": False, "eos_token_id": [tokenizer.im_end_id]})
+    if is_first():
+        save(bundle, out / "model")
+    from_all(None)  # nobody leaves before the model is written
     return bundle

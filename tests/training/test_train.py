@@ -119,10 +119,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_run):
 def test_a_run_that_stays_non_finite_stops_with_the_reason(tiny_run, tmp_path, monkeypatch):
     real = train_lib.batches
 
+    def poison(batch):
+        batch.images.patches[:] = np.nan
+        return batch
+
     def poisoned(*args):
-        for batch in real(*args):
-            batch.images.patches[:] = np.nan
-            yield batch
+        return real(*args).map(poison)
 
     monkeypatch.setattr(train_lib, "batches", poisoned)
     config = dataclasses.replace(tiny_run, steps=8, checkpoint_every=8)
