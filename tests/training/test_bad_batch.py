@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import pickle
@@ -149,10 +150,14 @@ def test_a_run_that_stays_non_finite_keeps_the_batch_and_the_replay_finds_it_so(
     real, bad_row = train_lib.batches, 1
 
     def poisoned(*args):
-        for step, batch in enumerate(real(*args), start=1):
-            if step >= 3:
+        steps = itertools.count(1)
+
+        def poison(batch):
+            if next(steps) >= 3:
                 batch.images.patches[bad_row, 0] = np.inf
-            yield batch
+            return batch
+
+        return real(*args).map(poison)
 
     monkeypatch.setattr(train_lib, "batches", poisoned)
     config = dataclasses.replace(tiny_run, steps=20, checkpoint_every=20, mesh=mesh)
