@@ -59,7 +59,7 @@ def prefill(
     x = embed_inputs(params, config, tokens, visual, visual_index)
     observe = None if eviction is None else jnp.maximum(length[:, None] - eviction.window + jnp.arange(eviction.window), 0)
     cache = empty_cache(config.text, rows, width, x.dtype)
-    hidden, cache, queries = decode(params.decoder, config, x, Place(positions), cache, observe)
+    hidden, cache, queries = decode(params.decoder, config, x, Place(positions), cache, observe, fresh=True)
     final = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
     if eviction is not None:
         cache = compact(params.decoder, config, cache, queries, eviction)

@@ -79,13 +79,20 @@ def logits(params: Decoder, hidden: jax.Array) -> jax.Array:
 
 
 def decode(
-    params: Decoder, config: AndesVLConfig, x, place: Place, cache: Cache | None = None, observe: jax.Array | None = None
+    params: Decoder,
+    config: AndesVLConfig,
+    x,
+    place: Place,
+    cache: Cache | None = None,
+    observe: jax.Array | None = None,
+    fresh: bool = False,
 ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
     """All layers over x [B, T, D].
 
     Args:
       place: where the tokens stand. Without a cache they see each other, segment by segment; with one they are written
         to its next T slots first and see every slot whose position is theirs or earlier.
+      fresh: the cache is empty, so that the tokens see each other and it is only written.
       observe: int32 [B, W] slots of x whose queries eviction policies want to see, or None.
     Returns:
       hidden [B, T, D] after the final norm; the cache with T more tokens (or None); the observed, rotated queries
@@ -113,11 +120,12 @@ def decode(
         q = rotate(heads(y, p.q, p.q_bias, p.q_norm), turn)
         k = jnp.swapaxes(rotate(heads(y, p.k, p.k_bias, p.k_norm), turn), 1, 2)
         v = jnp.swapaxes(heads(y, p.v, p.v_bias, None), 1, 2)
-        if cache is None:
-            y = attend(q, k, v, place, place, True, config.attention, config.attention_chunk)
-        else:
+        if cache is not None:
             keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (extra, 0, 0, start, 0))
             values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (extra, 0, 0, start, 0))
+        if cache is None or fresh:
+            y = attend(q, k, v, place, place, True, config.attention, config.attention_chunk)
+        else:
             held = cache.replace(keys=keys, values=values)
             y = attend_cache(q, held, extra, place.positions, config.attention, config.attention_chunk)
         x = x + dot(y.reshape(b, t, -1), p.o, p.o_bias)
