@@ -82,7 +82,7 @@ class AndesVLConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: Literal["auto", "splash", "chunked", "einsum"] = "auto"  # auto: splash on TPU, chunked elsewhere; einsum: T x T
-    attention_chunk: int = 256  # queries per block of the chunked backend
+    attention_chunk: int = 512  # queries per block of the chunked backend
     remat: Literal["none", "layer", "dots"] = "none"  # what the backward pass recomputes: nothing, whole layers, all but matmuls
 
     def __post_init__(self):

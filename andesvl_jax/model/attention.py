@@ -18,6 +18,7 @@ from andesvl_jax.weights import kernel
 
 FEW_QUERIES = 16  # of a row: what the compiled kernel is for
 PIECES, SMALLEST_PIECE = 4, 32  # of a causal row, and tokens in one of them
+MANY_KEYS, KEYS = 8192, 1024  # more than so many come in blocks of this size: the scores of a block stay in cache
 MASKED = -1e30  # finite, so that a padding query (nothing visible) yields a mean of values, not NaN
 
 
@@ -108,33 +109,63 @@ def _chunked(q, k, v, queries: Place, keys: Place, causal: bool, chunk: int) -> 
     b, t, n, h = q.shape
     heads = k.shape[1]
     together = 1 if target_platform() == "cpu" else heads
-    blocks = math.ceil(t / chunk)
-
-    def split_queries(x, fill=0):  # [B, T, ...] -> [blocks, B, chunk, ...]
-        x = jnp.pad(x, [(0, 0), (0, blocks * chunk - t)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(b, blocks, chunk, *x.shape[2:]), 1, 0)
+    of_head = keys.positions.ndim == 3
 
     def split_heads(x, axis):  # K -> [K / together, ..., together, ...]
         x = x.reshape(*x.shape[:axis], heads // together, together, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    grouped = split_heads(
-        split_queries(q.reshape(b, t, heads, n // heads, h)), 3
-    )  # [K / together, blocks, B, chunk, together, G, H]
-    of_head = keys.positions.ndim == 3
-    places = Place(
-        split_queries(queries.positions, -1), None if queries.segments is None else split_queries(queries.segments, -1)
-    )
+    def place_blocks(place, size):  # None stays None
+        return Place(_split(place.positions, place.positions.ndim - 1, size, -1), _split(place.segments, 1, size, -1))
 
-    def head(xs):
+    queries = place_blocks(queries, chunk)
+    width = KEYS if k.shape[2] > MANY_KEYS else k.shape[2]
+
+    def head(xs):  # q [T, ..., B], k, v [B, together, S, H]
         q, k, v, positions = xs
-        seen = Place(positions if of_head else keys.positions, keys.segments)
-        block = lambda x: _einsum(x[0].reshape(b, chunk, -1, h), k, v, x[1], seen, causal)  # noqa: E731
-        return jax.lax.map(jax.checkpoint(block), (q, places))  # [blocks, B, chunk, together G, H]
+        seen = place_blocks(Place(positions if of_head else keys.positions, keys.segments), width)
+        blocks = (_split(k, 2, width), _split(v, 2, width), seen)
+        block = lambda x: _over_keys(x[0].reshape(b, chunk, -1, h), blocks, x[1], causal)  # noqa: E731
+        return jax.lax.map(jax.checkpoint(block), (q, queries))  # [T / chunk, B, chunk, together G, H]
 
+    grouped = split_heads(_split(q.reshape(b, t, heads, n // heads, h), 1, chunk), 3)
     slots = split_heads(keys.positions, 1) if of_head else None
     out = jax.lax.map(head, (grouped, split_heads(k, 1), split_heads(v, 1), slots))
-    return jnp.moveaxis(out, (0, 1), (3, 1)).reshape(b, blocks * chunk, n, h)[:, :t]
+    return jnp.moveaxis(out, (0, 1), (3, 1)).reshape(b, -1, n, h)[:, :t]
+
+
+def _split(x: jax.Array | None, axis: int, size: int, fill: int = 0) -> jax.Array | None:
+    """An axis in blocks of `size`, padded to whole ones, the blocks in front: [..., S, ...] -> [S / size, ..., size, ...]."""
+    if x is None:
+        return None
+    count = math.ceil(x.shape[axis] / size)
+    rest = [(0, 0)] * x.ndim
+    rest[axis] = (0, count * size - x.shape[axis])
+    x = jnp.pad(x, rest, constant_values=fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _over_keys(q, blocks, queries: Place, causal: bool) -> jax.Array:
+    """q [B, T, N, H] over blocks (k, v [blocks, B, K, S, H], Place) in turn, the maximum of the scores as known so far."""
+    if len(blocks[0]) == 1:
+        k, v, keys = jax.tree.map(lambda x: x[0], blocks)
+        return _einsum(q, k, v, queries, keys, causal)
+
+    def step(carry, block):
+        largest, total, out = carry
+        k, v, keys = block
+        scores = _scores(q, k, queries, keys, causal)
+        larger = jnp.maximum(largest, jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        weights, shrink = jnp.exp(scores - larger), jnp.exp(largest - larger)
+        values = jnp.einsum("bktgs,bksh->bktgh", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        return (larger, total * shrink + weights.sum(-1, keepdims=True), out * shrink + values), None
+
+    b, t, n, h = q.shape
+    heads = blocks[0].shape[2]
+    shape = (b, heads, t, n // heads)
+    first = (jnp.full((*shape, 1), MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, h)))
+    (_, total, out), _ = jax.lax.scan(step, first, blocks)
+    return jnp.swapaxes(out / total, 1, 2).reshape(q.shape).astype(q.dtype)
 
 
 def attend_cache(q, cache: Cache, layer: jax.Array, positions: jax.Array, backend: str, chunk: int) -> jax.Array:
@@ -153,13 +184,18 @@ def attention_weights(q, k, queries: Place, keys: Place, causal: bool) -> jax.Ar
 
 
 def _unnormalized(q, k, queries: Place, keys: Place, causal: bool) -> tuple[jax.Array, jax.Array]:
-    """exp(scores - max) float32 [B, K, T, G, S] and its sum [B, K, T, G, 1]; this axis order needs no transpose of scores."""
+    """exp(scores - max) float32 [B, K, T, G, S] and its sum [B, K, T, G, 1]."""
+    scores = _scores(q, k, queries, keys, causal)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return weights, weights.sum(-1, keepdims=True)
+
+
+def _scores(q, k, queries: Place, keys: Place, causal: bool) -> jax.Array:
+    """float32 [B, K, T, G, S], MASKED where nothing is to be seen; this axis order needs no transpose."""
     b, t, n, h = q.shape
     grouped = (q * h**-0.5).reshape(b, t, k.shape[1], n // k.shape[1], h)
     scores = jnp.einsum("btkgh,bksh->bktgs", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible(queries, keys, causal)[:, :, :, None], scores, MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    return weights, weights.sum(-1, keepdims=True)
+    return jnp.where(visible(queries, keys, causal)[:, :, :, None], scores, MASKED)
 
 
 def _einsum(q, k, v, queries: Place, keys: Place, causal: bool) -> jax.Array:

@@ -19,8 +19,17 @@ TOLERANCE = 2e-6  # float32: sums in another order
 needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs a C++ compiler")
 
 
+@pytest.fixture(params=[False, True])
+def long(request, monkeypatch):
+    """The short rows of a test as they are, and as if they were long: keys in blocks too."""
+    if request.param:
+        monkeypatch.setattr(attention, "MANY_KEYS", 20)
+        monkeypatch.setattr(attention, "KEYS", 16)
+
+
 @pytest.mark.parametrize("heads", [(6, 3), (4, 4)])
 @pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.usefixtures("long")
 def test_blocks_equal_the_whole(heads, per_head):
     """Segments, padding, positions that differ between kv heads, and lengths that blocks do not divide."""
     n, k = heads
@@ -28,6 +37,7 @@ def test_blocks_equal_the_whole(heads, per_head):
     rng = np.random.default_rng(0)
     q, keys, values = (jnp.asarray(rng.normal(size=x), jnp.float32) for x in ((b, t, n, h), (b, k, s, h), (b, k, s, h)))
     positions = rng.integers(-1, s, (b, k, s) if per_head else (b, s)).astype(np.int32)
+    positions[..., 0] = 0  # every query sees something
     segments = None if per_head else np.sort(rng.integers(0, 3, (b, s))).astype(np.int32)
     here = Place(rng.integers(0, s, (b, t)).astype(np.int32), None if per_head else segments[:, :t])
     run = lambda backend: attend(q, keys, values, here, Place(positions, segments), per_head, backend, 8)  # noqa: E731
@@ -45,6 +55,7 @@ def packed_place(rng, rows: int, t: int) -> Place:
 
 
 @pytest.mark.parametrize("chunk", [16, 256])
+@pytest.mark.usefixtures("long")
 def test_a_causal_row_in_pieces_equals_the_whole_and_leaves_the_later_pieces_out(chunk):
     t, rng = 203, np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=x), jnp.float32) for x in ((2, t, 4, 8), (2, 2, t, 8), (2, 2, t, 8)))
