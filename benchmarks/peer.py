@@ -293,10 +293,13 @@ class Network(nn.Module):
 
 
 class Trainer:
-    """AdamW (fused) with clipping; matrices and tables decay, norms and biases do not."""
+    """AdamW (fused) with clipping; matrices and tables decay, norms and biases do not. `compiled`: through `torch.compile`."""
 
-    def __init__(self, network: Network, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float):
+    def __init__(
+        self, network: Network, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float, compiled: bool = False
+    ):
         self.network, self.clip_norm = network.train(), clip_norm
+        self.loss = torch.compile(network) if compiled else network
         parameters = list(network.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -309,7 +312,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss = self.network(batch)
+        loss = self.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
         self.optimizer.step()

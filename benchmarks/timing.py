@@ -6,6 +6,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
@@ -97,11 +98,11 @@ def row(what: str, value: float, unit: str, peer: float | None = None, faster: f
     return {"what": what, "value": value, "unit": unit, "peer": peer, "ratio": faster}
 
 
-def config_by_name(name: str) -> AndesVLConfig:
-    """A shipped configuration in float32 end to end. Raises UserError for an unknown name."""
-    if name not in CONFIGS:
-        raise UserError(f"--config is {name!r}, expected one of {', '.join(CONFIGS)}.")
-    return CONFIGS[name].replace(dtype="float32", param_dtype="float32")
+def config_by_name(name: str, configs: Mapping[str, AndesVLConfig] = CONFIGS) -> AndesVLConfig:
+    """A configuration in float32 end to end. Raises UserError for an unknown name."""
+    if name not in configs:
+        raise UserError(f"--config is {name!r}, expected one of {', '.join(configs)}.")
+    return configs[name].replace(dtype="float32", param_dtype="float32")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,9 +1,11 @@
 """One optimizer step of the whole network beside the same network in PyTorch on CPU: packed rows, pictures, float32.
 
-Run: `python benchmarks/train_step.py --config nano`, or `make bench` for everything.
+Run: `python benchmarks/train_step.py --config nano` (or `33m`), or `make bench` for everything.
 """
 
+import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file, ho
 import timing
 
 from andesvl_jax.checkpoints.hf import params_to_hf
-from andesvl_jax.config import AndesVLConfig
+from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, VisionConfig
 from andesvl_jax.inputs.image import ImageProcessor, Patches, patchify
 from andesvl_jax.inputs.packing import Batch, Budget, Sample, assemble, make_sample
 from andesvl_jax.training.config import Optimizer, TrainConfig
 from andesvl_jax.training.train import init_state, train_step
 
-GRIDS = ((8, 8), (8, 10))  # patches (rows, columns) of the two pictures of a row, each with its own conversation
+GRIDS = ((8, 8), (8, 10))  # patches (rows, columns) of two pictures, each with its own conversation
+SIZES = CONFIGS | {
+    "33m": AndesVLConfig(
+        vision=VisionConfig(hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4, table_side=8),
+        text=TextConfig(
+            vocab_size=8192, hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64,
+            rope_theta=1e4, max_position_embeddings=2048,
+        ),
+    )
+}  # fmt: skip
 TEXT = 80  # tokens of text of a conversation
 SUPERVISED = 30  # of them, the last ones
 OPTIMIZER = Optimizer(warmup_steps=2)
@@ -38,17 +49,16 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
     """
     import peer  # needs PyTorch
 
-    config = timing.config_by_name(config_name).replace(image_token_id=IMAGE_TOKEN)
+    config = timing.config_by_name(config_name, SIZES).replace(image_token_id=IMAGE_TOKEN)
     rows, runs = (2, 2) if quick else (16, 7)
-    batch = packed_batch(config, rows)
+    batch = packed_batch(config, rows) if config_name == "nano" else packed_batch(config, rows // 2, 2)
     state = init_state(TrainConfig(model=config, optimizer=OPTIMIZER, steps=SCHEDULE_STEPS))
     network = peer.Network(config, params_to_hf(state.params, config))
-    o = OPTIMIZER
-    trainer = peer.Trainer(network, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm)
     torch_batch = peer.TorchBatch(config, batch)
+    threads = timing.fastest_threads(peer.torch.set_num_threads, lambda: network(torch_batch).backward())
+    o = OPTIMIZER
     rate = optax.warmup_cosine_decay_schedule(0.0, o.decoder, o.warmup_steps, SCHEDULE_STEPS, o.decoder * o.final_fraction)
     losses: list[float] = []
-    peer_losses: list[float] = []
 
     def ours() -> None:
         nonlocal state
@@ -56,16 +66,21 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
         losses.append(float(jax.block_until_ready(metrics)["loss"]))
         jax.block_until_ready(state)
 
-    def theirs() -> None:
-        peer_losses.append(trainer.step(torch_batch, float(rate(len(peer_losses)))))
+    def side(compiled: bool) -> tuple[Callable[[], None], list[float]]:
+        found: list[float] = []
+        copied = copy.deepcopy(network)
+        trainer = peer.Trainer(copied, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm, compiled)
+        return lambda: found.append(trainer.step(torch_batch, float(rate(len(found))))), found
 
-    threads = timing.fastest_threads(peer.torch.set_num_threads, lambda: network(torch_batch).backward())
-    for _ in range(AGREEING_STEPS):
-        ours()  # the first call compiles
-        theirs()
+    theirs = {"eager": side(False)} | ({} if quick else {"compiled": side(True)})
+    steps = (ours, *(step for step, _ in theirs.values()))
+    for step in steps:
+        for _ in range(AGREEING_STEPS):
+            step()  # the first call compiles
     share = timing.share_of_cores()
-    a, b = timing.in_turns(lambda: timing.seconds(ours), lambda: timing.seconds(theirs), runs=runs)
-    compared = [(step, losses[step - 1], peer_losses[step - 1]) for step in (1, AGREEING_STEPS)]
+    a, *others = timing.in_turns(*((lambda step=step: timing.seconds(step)) for step in steps), runs=runs)
+    eager = theirs["eager"][1]
+    compared = [(step, losses[step - 1], eager[step - 1]) for step in (1, AGREEING_STEPS)]
     tokens = int(np.count_nonzero(batch.segments >= 0))
     patches = int(np.count_nonzero(batch.images.segments >= 0))
     return {
@@ -77,17 +92,21 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
             *(timing.row(f"difference of the losses, step {step}", abs(x - y), "nats") for step, x, y in compared),
             timing.row("tokens of a step", tokens, "tokens"),
             timing.row("patches of a step", patches, "patches"),
-            timing.row("forward, backward, AdamW", 1000 * a, "ms", 1000 * b, b / a),
-            timing.row("training speed", tokens / a, "tokens/s", tokens / b, b / a),
+            *(
+                timing.row(f"forward, backward, AdamW, PyTorch {name}", 1000 * a, "ms", 1000 * b, b / a)
+                for name, b in zip(theirs, others, strict=True)
+            ),
+            timing.row("training speed", tokens / a, "tokens/s", tokens / min(others), min(others) / a),
         ],
     }
 
 
-def packed_batch(config: AndesVLConfig, rows: int) -> Batch:
-    """Rows of two conversations, each about a picture of noise; the shape of nano's training batches."""
+def packed_batch(config: AndesVLConfig, rows: int, pairs: int = 1) -> Batch:
+    """Rows of `pairs` times two conversations, each about a picture of noise; with one, the shape of nano's training batches."""
     rng = np.random.default_rng(0)
-    packed = [[_conversation(config, rng, grid) for grid in GRIDS] for _ in range(rows)]
-    return assemble(packed, Budget(rows, tokens=224, patches=160, targets=96), config.vision.patch_features)
+    packed = [[_conversation(config, rng, grid) for grid in GRIDS * pairs] for _ in range(rows)]
+    budget = Budget(rows, tokens=224 * pairs, patches=160 * pairs, targets=96 * pairs)
+    return assemble(packed, budget, config.vision.patch_features)
 
 
 def _conversation(config: AndesVLConfig, rng: np.random.Generator, grid: tuple[int, int]) -> Sample:
