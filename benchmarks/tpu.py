@@ -43,7 +43,7 @@ def cost(name: str, topology: str, steps: list[str]) -> dict:
     """One `andesvl aot --json` in a process of its own, so that a compiler that dies takes no other line along."""
     command = [sys.executable, "-m", "andesvl_jax.cli", "aot", "--config", f"{CONFIG}:{name}", "--topology", topology, "--json"]
     done = subprocess.run([*command, *(f"--step={step}" for step in steps)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1) or not done.stdout:  # a Python error is 1 too
         raise SystemExit(f"{name}: andesvl aot ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
