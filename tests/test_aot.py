@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import pytest
@@ -88,6 +90,15 @@ def test_xla_says_how_much_is_missing(message, needed, available):
 def test_what_is_no_topology_is_refused(name):
     with pytest.raises(avl.UserError, match="no topology of at most 16,384 chips, expected"):
         aot.topology_devices(name)
+
+
+@needs_libtpu
+def test_every_shape_of_the_table_can_be_laid_out_on_its_slice():
+    """4 x 16 on 8 x 8 chips among them."""
+    table = runpy.run_path(str(Path(__file__).resolve().parents[1] / "configs" / "tpu.py"))
+    for name, config in table["ALL"].items():
+        devices = aot.topology_devices(table["TOPOLOGIES"][name.split("/")[1]])
+        assert make_mesh(config.mesh, devices).size == len(devices)
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch, file, capsys):

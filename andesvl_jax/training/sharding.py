@@ -11,6 +11,7 @@ from typing import Any, Callable, Sequence
 
 import jax
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -112,7 +113,9 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             "fsdp, tensor or shorter rows."
         )
     shape = tuple(sizes.values())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    # an 8 x 8 slice has no axis of 16 chips: 4 x 16 needs one of its axes in two
+    layout = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(layout, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def rules_for(config: AndesVLConfig, mesh: Mesh, rules: ShardingRules = ShardingRules()) -> ShardingRules:
