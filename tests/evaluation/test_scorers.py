@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from andesvl_jax.evaluation.benchmarks import grey, nano_validation, shuffled
+from andesvl_jax.evaluation.benchmarks import blind, nano_validation, shuffled
 from andesvl_jax.evaluation.scorers import correct, iou, parse_box, wilson
 
 
@@ -47,7 +47,7 @@ def test_wilson_interval_solves_its_equation():
 
 def test_controls_keep_questions_and_change_pictures():
     items = nano_validation(4)
-    assert all(np.all(image == 128) for item in items for image in grey(item).images)
+    assert all(np.all(image == 128) for item in items for image in blind(item).images)
     mixed = shuffled(items)
     assert sorted((i.task, i.question, i.answer) for i in mixed) == sorted((i.task, i.question, i.answer) for i in items)
     originals = {(i.task, i.question, i.answer): i.images[0] for i in items}
