@@ -106,7 +106,7 @@ def evaluate_long(
     results = {}
     for tokens in lengths:
         items = long_validation(families or TEXT_TASKS, tokens, per_task, count)
-        rows = max(1, min(BATCH_TOKENS // tokens, BATCH_SIZE))
+        rows = max(1, min(BATCH_TOKENS // tokens, BATCH_SIZE, len(items)))
         results |= evaluate(bundle, items, batch_size=rows, max_new_tokens=LONG_ANSWER, **options)
     order = {name: i for i, name in enumerate(dict.fromkeys(row.partition(LENGTH_MARK)[0] for row in results))}
     return dict(sorted(results.items(), key=lambda entry: order[entry[0].partition(LENGTH_MARK)[0]]))

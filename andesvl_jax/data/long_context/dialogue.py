@@ -15,7 +15,8 @@ OPENING = "Read the conversation."
 WHO_BRINGS = ("Who brings what to the {}?", "List who brings what to the {}.", "Sum up what everyone brings to the {}.")
 EVENTS = ("party", "trip", "game", "show", "meeting", "class", "lunch", "dance", "fair", "picnic", "dinner", "camp")
 MOST_ASKED = len(EVENTS) // 2  # the others are talked about too
-FACTS = (2, 4)  # of an event, at least and at most
+FEWEST_FACTS, MOST_FACTS = 2, 4  # of an event
+SHORT = 512  # tokens below which an event has no more than the fewest
 CHANGES = 0.3  # share of facts of which something else was said before
 SPEAKERS = 6
 Summary = tuple[str, tuple[tuple[str, str], ...]]  # event; (who, thing) in alphabetical order
@@ -26,7 +27,8 @@ def dialogue(rng: np.random.Generator, split: str, tokens: int) -> Lines:
     events = [EVENTS[i] for i in rng.permutation(len(EVENTS))]
     people = [FIRST_NAMES[i] for i in rng.permutation(len(FIRST_NAMES))[:SPEAKERS]]
     taken: set[str] = set()
-    summaries = [_summary(rng, split, event, people, taken) for event in events[: min(questions_of(rng), MOST_ASKED)]]
+    most = FEWEST_FACTS if tokens < SHORT else MOST_FACTS
+    summaries = [_summary(rng, split, event, people, most, taken) for event in events[: min(questions_of(rng), MOST_ASKED)]]
     spoken = [[_said(rng, event, who, thing, taken) for who, thing in facts] for (event, facts), _ in summaries]
 
     asked = []
@@ -39,9 +41,11 @@ def dialogue(rng: np.random.Generator, split: str, tokens: int) -> Lines:
     return Lines("dialogue", OPENING, asked, _small_talk(rng, events[MOST_ASKED:], people, taken), rng)
 
 
-def _summary(rng: np.random.Generator, split: str, event: str, people: list[str], taken: set[str]) -> tuple[Summary, str]:
+def _summary(
+    rng: np.random.Generator, split: str, event: str, people: list[str], most: int, taken: set[str]
+) -> tuple[Summary, str]:
     def draw(rng: np.random.Generator) -> Summary:
-        who = sorted(people[i] for i in rng.permutation(SPEAKERS)[: int(rng.integers(FACTS[0], FACTS[1] + 1))])
+        who = sorted(people[i] for i in rng.permutation(SPEAKERS)[: int(rng.integers(FEWEST_FACTS, most + 1))])
         things: list[str] = []
         for _ in who:
             things.append(unused(carried, rng, taken, things))
