@@ -116,13 +116,15 @@ def fill(plan: Plan, tokens: int, count: Count) -> Sketch:
       UserError: not even MUST_FIT questions fit, or the plan cannot be made so long.
     """
     questions = next((n for n in range(plan.questions, MUST_FIT - 1, -1) if count(plan.sketch(n, 0)) <= tokens), 0)
+    if questions == 0 and math.isinf(count(plan.sketch(MUST_FIT, 0))):
+        raise UserError("the smallest pictures would be shrunk; expected a larger max_size of the image processor.")
     if questions == 0:
         raise UserError(f"{tokens} tokens are too few for {MUST_FIT} questions with what they ask about.")
     sketch = largest(lambda units: plan.sketch(questions, units), tokens, count)
     sketch = _divided(sketch, tokens, count) if sketch.context else sketch
     if (size := count(sketch)) < LEAST_FILL * tokens:
         raise UserError(
-            f"{tokens} tokens are too many: the longest example has {size:,}, because pictures have at most max_size^2 pixels."
+            f"{tokens} tokens are too many: the longest example has {size:,}; expected a larger max_size of the image processor."
         )
     return sketch
 
