@@ -113,9 +113,14 @@ def _parser() -> argparse.ArgumentParser:
         "--replay", action="store_true", help="run the batch again that stopped the run in --out, and nothing else"
     )
 
-    evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled-picture controls")
+    evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled controls")
     evaluate.add_argument("--model", required=True, help="checkpoint directory")
-    evaluate.add_argument("--benchmark", default="nano-val", choices=("nano-val", "perplexity"))
+    evaluate.add_argument("--benchmark", default="nano-val", choices=("nano-val", "long", "perplexity"))
+    evaluate.add_argument("--task", nargs="+", metavar="NAME", help="long: families, e.g. vt pages (default: those of text)")
+    evaluate.add_argument(
+        "--tokens", nargs="+", type=int, default=[256, 512, 1024], help="long: lengths of the prompts (default: %(default)s)"
+    )
+    evaluate.add_argument("--max-size", type=int, help="square root of the pixel budget of a picture (default: the model's)")
     evaluate.add_argument("--per-task", type=int, default=200, help="questions of each task (default: %(default)s)")
     evaluate.add_argument("--kv-policy")
     evaluate.add_argument("--kv-budget", type=_budget, default=0.5)
@@ -262,20 +267,25 @@ def _train(args) -> dict[str, Any]:
 
 def _evaluate(args) -> dict[str, Any]:
     from andesvl_jax.evaluation.benchmarks import nano_validation
-    from andesvl_jax.evaluation.evaluate import as_json, evaluate
-    from andesvl_jax.evaluation.report import results_table
+    from andesvl_jax.evaluation.evaluate import as_json, evaluate, evaluate_long
+    from andesvl_jax.evaluation.report import depth_table, results_table
     from andesvl_jax.evaluation.scorers import wilson
 
     if args.benchmark == "perplexity":
         return _perplexity(args)
     began = time.perf_counter()
-    results = evaluate(
-        _load(args.model, decode_only=True), nano_validation(args.per_task), kv_policy=args.kv_policy, kv_budget=args.kv_budget
-    )
+    bundle = _load(args.model, max_size=args.max_size, decode_only=True)
+    eviction = {"kv_policy": args.kv_policy, "kv_budget": args.kv_budget}
+    if args.benchmark == "long":
+        results = evaluate_long(bundle, args.task, args.tokens, args.per_task, **eviction)
+    else:
+        results = evaluate(bundle, nano_validation(args.per_task), **eviction)
     print(results_table(results))
+    if args.benchmark == "long":
+        print(depth_table(results))
     n = sum(r.n for r in results.values())
     mean = lambda name: sum(getattr(r, name) * r.n for r in results.values()) / n  # noqa: E731
-    low, high = wilson(round(mean("accuracy") * n), n)
+    low, high = wilson(mean("accuracy") * n, n)
     return {
         "benchmark": args.benchmark, "n": n, "score": mean("accuracy"), "low": low, "high": high, "blind": mean("blind"),
         "shuffled": mean("shuffled"), "seconds": time.perf_counter() - began, "tasks": as_json(results),

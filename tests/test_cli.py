@@ -180,6 +180,19 @@ def test_evaluate_prints_the_stable_json_keys_and_refuses_an_unknown_benchmark(m
     assert_refused(main(["evaluate", "--model", str(model / "none")]), capsys, "no such directory")
 
 
+def test_evaluate_on_long_contexts_tells_lengths_and_depths(model, capsys):
+    arguments = ["evaluate", "--model", str(model), "--benchmark", "long", "--per-task", "3", "--json"]
+    assert main([*arguments, "--task", "niah_single", "cwe", "--tokens", "200", "300"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    rows = ["niah_single@200", "niah_single@300", "cwe@200", "cwe@300"]
+    assert result["n"] == 12 and list(result["tasks"]) == rows and lines[5].split()[:2] == ["depth", "0-25"]
+    assert all(task["n"] == 3 and len(task["by_depth"]) == 4 for task in result["tasks"].values())
+    assert_refused(main([*arguments, "--task", "needle"]), capsys, "found 'needle', expected one of niah_single")
+    assert_refused(main([*arguments, "--task", "vt", "--tokens", "20"]), capsys, "vt@20: 20 tokens are too few")
+    assert_refused(main([*arguments, "--task", "vt", "--tokens", "1024"]), capsys, "max_position_embeddings")
+
+
 def test_export_prints_files_and_checks_and_refuses_what_it_cannot_write(model, tmp_path, capsys):
     arguments = ["export", "--model", str(model), "--out", str(tmp_path / "made"), "--format"]
     assert main([*arguments, "stablehlo", "--json"]) == 0

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from andesvl_jax.inputs.chat import Message
+
 VALIDATION_SHARE = 0.1
 MANY = 6  # things in the fullest picture
 T = TypeVar("T")
@@ -18,20 +20,39 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; `task` names the row of the results table it is scored in."""
+    """One question and its answer; `task` names the row of the results table it is scored in.
+
+    depths: where in a long context what answers it begins, 0..1 each.
+    """
 
     task: str
     question: str
     answer: str
+    depths: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures (uint8 [height, width, 3]), the turns asked about them, and the canonical description of what is shown."""
+    """Pictures (uint8 [height, width, 3]), the turns asked about them, and the canonical description of what is shown.
+
+    context: text between the pictures and the first question; ends with a line break.
+    """
 
     images: tuple[np.ndarray, ...]
     turns: tuple[Turn, ...]
     content: str
+    context: str = ""
+
+
+def messages_of(example: Example) -> list[Message]:
+    """An example as a conversation: its pictures and its context stand before the first question."""
+    messages = []
+    for i, turn in enumerate(example.turns):
+        pictures = [{"type": "image", "image": image} for image in example.images] if i == 0 else []
+        question = (example.context if i == 0 else "") + turn.question
+        content = [*pictures, {"type": "text", "text": question}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.answer}]
+    return messages
 
 
 def in_validation(content: str) -> bool:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import grain
 import numpy as np
 
+from andesvl_jax.data.long_context.layout import Count
+from andesvl_jax.data.long_context.registry import LENGTH_MARK, long_name
 from andesvl_jax.data.registry import TASKS
-from andesvl_jax.data.sources import Rendered, open_source
+from andesvl_jax.data.sources import Rendered, RenderedLong, open_source
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.chat import Message
 
@@ -23,7 +25,7 @@ RESIZES: dict[str, Callable[[np.random.Generator], float]] = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """Share of each task family or file; those with weight 0 are left out.
+    """Share of each task family, long-context family at a length (niah_single@2048) or file; those with weight 0 are left out.
 
     Raises:
       UserError: a name that no source has, or a value that no mixture could be made with.
@@ -42,10 +44,10 @@ class Mixture:
     shards: int = 1  # packers that the order is dealt to: a divisor of budget.rows, a multiple of the hosts, fixed for a run
 
     def __post_init__(self):
-        unknown = sorted(set(self.weights) - set(TASKS) - set(self.files))
+        unknown = sorted(name for name in set(self.weights) - set(TASKS) - set(self.files) if long_name(name) is None)
         if unknown:
             known = ", ".join((*TASKS, *self.files))
-            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {known}.")
+            raise UserError(f"data.weights names {unknown[0]!r}, expected families among {known}, or FAMILY{LENGTH_MARK}TOKENS.")
         taken = sorted(set(self.files) & set(TASKS))
         if taken:
             raise UserError(f"data.files names {taken[0]!r}, which is a task family; expected another name.")
@@ -72,19 +74,20 @@ class Bad:
     reason: str  # names the file and the record
 
 
-def examples(mixture: Mixture) -> grain.MapDataset[list[Message] | Bad]:
+def examples(mixture: Mixture, count: Count | None = None) -> grain.MapDataset[list[Message] | Bad]:
     """An endless random-access dataset of conversations: element i is a pure function of (mixture, the files, i).
 
-    A file is gone through whole before any of its records comes again, in another order each time.
+    A file is gone through whole before any of its records comes again, in another order each time. `count` is what the lengths
+    of long-context families are measured with; without it those are refused.
     """
     weights = {name: weight ** (1 / mixture.temperature) for name, weight in mixture.weights.items() if weight > 0}
-    return grain.MapDataset.mix([_records(mixture, name) for name in weights], list(weights.values()))
+    return grain.MapDataset.mix([_records(mixture, name, count) for name in weights], list(weights.values()))
 
 
-def _records(mixture: Mixture, name: str) -> grain.MapDataset:
+def _records(mixture: Mixture, name: str, count: Count | None) -> grain.MapDataset:
     limit = mixture.limits.get(name)
     if name not in mixture.files:
-        source = Rendered(name, mixture.seed, mixture.split, mixture.ramp)
+        source = _rendered(mixture, name, count)
         order = grain.MapDataset.range(len(source) if limit is None else limit).repeat()
     else:
         source = open_source(mixture.files[name], mixture.image_root)
@@ -98,3 +101,12 @@ def _records(mixture: Mixture, name: str) -> grain.MapDataset:
             return Bad(str(error))
 
     return order.map(read)
+
+
+def _rendered(mixture: Mixture, name: str, count: Count | None) -> Rendered | RenderedLong:
+    if name in TASKS:
+        return Rendered(name, mixture.seed, mixture.split, mixture.ramp)
+    if count is None:
+        raise UserError(f"data.weights names {name!r}, whose length needs the model's tokenizer; expected it beside the mixture.")
+    family, tokens = long_name(name)
+    return RenderedLong(family, mixture.seed, mixture.split, tokens, count)

@@ -14,6 +14,7 @@ from grain import experimental as grain_experimental
 from PIL import Image
 
 from andesvl_jax.data.best_fit import next_row
+from andesvl_jax.data.long_context.length import conversation_tokens
 from andesvl_jax.data.mixture import RESIZES, Bad, Mixture, examples
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.chat import Message, images_of, render_training
@@ -61,7 +62,7 @@ def samples_of(
         except UserError as error:
             return Bad(f"example {index}: {error}")
 
-    return examples(mixture).map_with_index(prepare)
+    return examples(mixture, conversation_tokens(tokenizer, processor)).map_with_index(prepare)
 
 
 class PackedBatches(grain.IterDataset[Batch]):

@@ -13,7 +13,9 @@ from typing import Protocol
 
 from andesvl_jax.data.array_record import ArrayRecords
 from andesvl_jax.data.conversations import Conversations
-from andesvl_jax.data.examples import MANY, Example
+from andesvl_jax.data.examples import MANY, messages_of
+from andesvl_jax.data.long_context.layout import Count
+from andesvl_jax.data.long_context.registry import render_long
 from andesvl_jax.data.registry import render
 from andesvl_jax.data.tar import TarShard
 from andesvl_jax.data.tsv import QuestionTable
@@ -45,21 +47,28 @@ class Rendered:
         return messages_of(render(self.family, self.seed, index, self.split, crowd_at(index, self.ramp)))
 
 
+@dataclass(frozen=True)
+class RenderedLong:
+    """Examples of a long-context family as a source, each a whole conversation of at most `tokens` tokens by `count`."""
+
+    family: str
+    seed: int
+    split: str
+    tokens: int
+    count: Count
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> list[Message]:
+        return messages_of(render_long(self.family, self.seed, index, self.split, self.tokens, self.count))
+
+
 def crowd_at(index: int, ramp: int) -> int:
     """How many things a picture may hold: one in the first third of the ramp, then more step by step."""
     if index >= ramp:
         return MANY
     return max(1, 1 + int((MANY - 1) * (3 * index - ramp) / (2 * ramp)))
-
-
-def messages_of(example: Example) -> list[Message]:
-    """An example as a conversation: its pictures stand before the first question."""
-    messages = []
-    for i, turn in enumerate(example.turns):
-        pictures = [{"type": "image", "image": image} for image in example.images] if i == 0 else []
-        question = [*pictures, {"type": "text", "text": turn.question}]
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer}]
-    return messages
 
 
 READERS: dict[str, Callable[[str, str | None], Source]] = {

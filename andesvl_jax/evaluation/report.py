@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
 from andesvl_jax.evaluation.benchmarks import Item
-from andesvl_jax.evaluation.evaluate import TaskResult
+from andesvl_jax.evaluation.evaluate import DEPTHS, TaskResult
 from andesvl_jax.evaluation.scorers import correct, parse_box
 
 THUMBNAIL = 220  # pixels of the longer side
@@ -24,10 +24,22 @@ TRUE_BOX, PREDICTED_BOX = (34, 139, 74), (214, 69, 65)
 
 def results_table(results: dict[str, TaskResult]) -> str:
     """Plain text, one task a line."""
-    lines = [f"{'task':<12} {'accuracy':>9} {'95 % interval':>15} {'blind':>7} {'shuffled':>9} {'items':>6}"]
+    wide = max(12, *map(len, results))
+    lines = [f"{'task':<{wide}} {'accuracy':>9} {'95 % interval':>15} {'blind':>7} {'shuffled':>9} {'items':>6}"]
     for task, r in results.items():
         interval = f"{r.low:.1%}-{r.high:.1%}"
-        lines.append(f"{task:<12} {r.accuracy:>9.1%} {interval:>15} {r.blind:>7.1%} {r.shuffled:>9.1%} {r.n:>6}")
+        lines.append(f"{task:<{wide}} {r.accuracy:>9.1%} {interval:>15} {r.blind:>7.1%} {r.shuffled:>9.1%} {r.n:>6}")
+    return "\n".join(lines)
+
+
+def depth_table(results: dict[str, TaskResult]) -> str:
+    """Plain text: accuracy by the part of the context in which the earliest evidence stands, one row a line."""
+    wide = max(12, *map(len, results))
+    edges = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS} %" for i in range(DEPTHS)]
+    lines = [f"{'depth':<{wide}} " + " ".join(f"{edge:>9}" for edge in edges)]
+    for task, r in results.items():
+        if r.by_depth:
+            lines.append(f"{task:<{wide}} " + " ".join(f"{'-' if x is None else format(x, '.1%'):>9}" for x in r.by_depth))
     return "\n".join(lines)
 
 

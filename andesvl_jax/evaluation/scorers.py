@@ -1,6 +1,7 @@
 """Was an answer right? One rule per task, and the interval of an accuracy.
 
-Sources: answer format and centre rule of the AndesVL evaluation (0-1000 boxes, centre of the predicted box inside the true one).
+Sources: answer format and centre rule of the AndesVL evaluation (0-1000 boxes, centre of the predicted box inside the true one);
+the rule of RULER's string_match_all for its tasks, here on whole words.
 """
 
 import re
@@ -9,6 +10,24 @@ Box = tuple[int, int, int, int]
 _BOX = re.compile(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)")
 BOX_TASKS = ("box",)  # objects: intersection over union at least one half
 CENTRE_TASKS = ("grounding", "screen_qa")  # widgets: a tap on the centre of the predicted box hits
+FOUND_TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe", "fwe", "qa_two_hop")
+FACT_TASKS = ("dialogue",)
+
+
+def score(task: str, predicted: str, truth: str) -> float:
+    """0..1: the share of what was asked for that stands in the answer (RULER's tasks), `fact_score` (summaries), or `correct`."""
+    if task in FOUND_TASKS:
+        words = truth.split(", ")
+        return sum(re.search(rf"\b{re.escape(word)}\b", predicted, re.IGNORECASE) is not None for word in words) / len(words)
+    return fact_score(predicted, truth) if task in FACT_TASKS else float(correct(task, predicted, truth))
+
+
+def fact_score(predicted: str, truth: str) -> float:
+    """Facts in both lists over those in the longer one: neither a missing fact nor an invented one is free."""
+    found, expected = (
+        {" ".join(fact.split()).casefold() for fact in re.split(r"[;\n]", text) if fact.strip()} for text in (predicted, truth)
+    )
+    return len(found & expected) / max(len(found), len(expected))
 
 
 def correct(task: str, predicted: str, truth: str) -> bool:
@@ -44,7 +63,7 @@ def iou(a: Box, b: Box) -> float:
     return overlap / union if union else 0.0
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson score interval of an accuracy hits / n; (0, 1) of nothing."""
     if n == 0:
         return 0.0, 1.0

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from andesvl_jax.evaluation.benchmarks import grey, nano_validation, shuffled
-from andesvl_jax.evaluation.scorers import correct, iou, parse_box, wilson
+from andesvl_jax.evaluation.benchmarks import blind, nano_validation, shuffled
+from andesvl_jax.evaluation.scorers import correct, iou, parse_box, score, wilson
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,27 @@ from andesvl_jax.evaluation.scorers import correct, iou, parse_box, wilson
 )
 def test_one_rule_per_task(task, predicted, truth, right):
     assert correct(task, predicted, truth) is right
+
+
+@pytest.mark.parametrize(
+    ("task", "predicted", "truth", "expected"),
+    [
+        ("niah_single", "The code of lamp is 4821.", "4821", 1),
+        ("niah_single", "48210", "4821", 0),
+        ("niah_multivalue", "4821 and 1177", "4821, 9034, 1177, 2222", 0.5),
+        ("vt", "Lamp, stones", "lamp, stone", 0.5),
+        ("qa_two_hop", "She lives in ROME, I think", "Rome", 1),
+        ("dialogue", "Anna: lamp; Ben: stone", "Anna: lamp; Ben: stone", 1),
+        ("dialogue", " ben:  Stone\nAnna: lamp\n", "Anna: lamp; Ben: stone", 1),
+        ("dialogue", "Anna: lamp", "Anna: lamp; Ben: stone", 0.5),
+        ("dialogue", "Anna: lamp; Ben: stone; Carl: rope; Dora: tea", "Anna: lamp; Ben: stone", 0.5),
+        ("dialogue", "", "Anna: lamp; Ben: stone", 0),
+        ("pages", "BLUE BOAT", "blue boat", 1),
+        ("which_picture", "3 or 4", "3", 0),
+    ],
+)
+def test_scores_of_lists_and_facts(task, predicted, truth, expected):
+    assert score(task, predicted, truth) == expected
 
 
 def test_iou_of_random_boxes_equals_counting_cells():
@@ -47,7 +68,7 @@ def test_wilson_interval_solves_its_equation():
 
 def test_controls_keep_questions_and_change_pictures():
     items = nano_validation(4)
-    assert all(np.all(image == 128) for item in items for image in grey(item).images)
+    assert all(np.all(image == 128) for item in items for image in blind(item).images)
     mixed = shuffled(items)
     assert sorted((i.task, i.question, i.answer) for i in mixed) == sorted((i.task, i.question, i.answer) for i in items)
     originals = {(i.task, i.question, i.answer): i.images[0] for i in items}
