@@ -75,10 +75,10 @@ def written(value: Decimal) -> str:
     return f"{value:f}"
 
 
-def levels(series: Series) -> list[Decimal]:
-    """The numbers on the axis: from zero, or from below the least where a course stays far above it."""
+def levels(series: Series, style: str) -> list[Decimal]:
+    """The numbers on the axis: from zero, or from below the least where a line stays far above it."""
     low, high = min(Decimal(0), *series.values), max(Decimal(0), *series.values)
-    if series.course and min(series.values) > high / 2:
+    if style == "line" and min(series.values) > high / 2:
         low = min(series.values)
     span = high - low
     unit = Decimal(10) ** (span / TICKS).adjusted()
@@ -155,7 +155,7 @@ class _Page:
 
 def _upright(page: _Page, series: Series, look: Look, top: int) -> bool:
     """Bars and lines: names below, numbers above, the axis at the left."""
-    ticks, numbers = levels(series), [written(value) for value in series.values]
+    ticks, numbers = levels(series, look.style), [written(value) for value in series.values]
     left = MARGIN + page.widest(map(written, ticks)) + 4
     slot = (look.width - MARGIN - left) / len(numbers)
     standing = page.widest(series.names) + 4 > slot
@@ -193,7 +193,7 @@ def _upright(page: _Page, series: Series, look: Look, top: int) -> bool:
 
 def _lying(page: _Page, series: Series, look: Look, top: int) -> bool:
     """Lying bars: names at the left, numbers at the right ends, the axis below."""
-    ticks, numbers = levels(series), [written(value) for value in series.values]
+    ticks, numbers = levels(series, look.style), [written(value) for value in series.values]
     left = MARGIN + page.widest(series.names) + 5
     right = look.width - MARGIN - page.widest(numbers) - 4
     bottom = look.height - MARGIN - page.line * (2 if look.titled else 1)

@@ -174,16 +174,17 @@ def draw_chart(rng: np.random.Generator, table: Table, side: int) -> tuple[Serie
 def turns_about(rng: np.random.Generator, series: Series, look: Look) -> tuple[Turn, ...]:
     """Questions that the picture answers: about numbers only where they are written, about extremes only where they are clear."""
     names, values = series.names, series.values
-    whole = sum(values) if look.style == "pie" else levels(series)[-1] - levels(series)[0]
+    ticks = levels(series, look.style)
+    whole = sum(values) if look.style == "pie" else ticks[-1] - ticks[0]
     clear = Decimal(0) if look.numbers else whole * Decimal(str(CLEAR))
     turns = [_turn(rng, "chart_count", str(len(values)))]
     for task, order in (("chart_largest", sorted(values, reverse=True)), ("chart_smallest", sorted(values))):
         if abs(order[0] - order[1]) > clear:
             turns.append(_turn(rng, task, names[values.index(order[0])]))
     if look.style != "pie":
-        open_levels = [level for level in levels(series) if all(abs(value - level) > clear for value in values)]
-        if open_levels:
-            level = pick(rng, open_levels)
+        between = [level for level in ticks[1:] if min(values) < level and all(abs(value - level) > clear for value in values)]
+        if between:
+            level = pick(rng, between)
             turns.append(_turn(rng, "chart_above", str(sum(value > level for value in values)), level=written(level)))
     if look.numbers:
         one, other, third = rng.permutation(len(values))[:3].tolist()

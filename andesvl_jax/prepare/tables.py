@@ -19,7 +19,7 @@ MAX_COLUMNS = 100
 MAX_CELL = 200  # characters
 LONGEST_NAME = 14  # characters of a name on an axis
 DIGITS = 4  # significant ones of a number in a chart
-NUMBER = re.compile(r"-?\d{1,9}(\.\d{1,9})?")
+NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?")
 MISSING = ("", "NA", "NaN", "null", "None")
 TIMES = re.compile(r"year|date|time|month|week|day|quarter", re.IGNORECASE)
 
@@ -145,6 +145,8 @@ def _counts(rng: np.random.Generator, table: Table) -> Series | None:
         return None
     column = pick(rng, columns)
     counts = Counter(cell for cell in table.columns[column] if cell)
+    if len(set(counts.values())) < 2:
+        return None
     names = [list(counts)[i] for i in rng.permutation(len(counts)).tolist()]
     return Series(table.name, table.title, f"rows by {column}", tuple(names), tuple(Decimal(counts[n]) for n in names), False)
 
@@ -171,14 +173,18 @@ def _numeric(table: Table) -> list[str]:
     return found
 
 
+def _is_name(cell: str) -> bool:
+    return len(cell) <= LONGEST_NAME and cell.isprintable() and any(map(str.isalpha, cell))
+
+
 def _are_words(cells: tuple[str, ...]) -> bool:
     given = {cell for cell in cells if cell}
-    return all(number(cell) is None and len(cell) <= LONGEST_NAME and cell.isprintable() for cell in given)
+    return all(map(_is_name, given))
 
 
 def _are_names(cells: tuple[str, ...]) -> bool:
     """Different words of a length that fits an axis, in three cells at least."""
-    short = [cell for cell in cells if 1 < len(cell) <= LONGEST_NAME and number(cell) is None and cell.isprintable()]
+    short = [cell for cell in cells if len(cell) > 1 and _is_name(cell)]
     return len(short) >= 3 and len(set(short)) == len(short) and 2 * len(short) >= len(cells)
 
 
@@ -188,4 +194,4 @@ def _rises(cells: tuple[str, ...]) -> bool:
 
 
 def _years(table: Table, column: str) -> bool:
-    return all(len(cell) == 4 and 1500 < int(cell) < 2100 for cell in table.columns[column] if cell.isdecimal())
+    return all(re.fullmatch("1[5-9]..|20..", cell) for cell in table.columns[column])
