@@ -17,8 +17,8 @@ import numpy as np
 
 from andesvl_jax.data.examples import pick
 from andesvl_jax.prepare.chromium import Browser
-from andesvl_jax.prepare.gui_screens import Screen, nameable, open_picture, read_screen, turns_about, views
-from andesvl_jax.prepare.items import Card, Item, LeftOut, png, split_of
+from andesvl_jax.prepare.gui_screens import Screen, Widget, nameable, open_picture, read_screen, turns_about, views
+from andesvl_jax.prepare.items import SPLITS, Card, Item, LeftOut, png, split_of
 from andesvl_jax.prepare.packages import Package, members
 
 SB_ADMIN_2 = Package(
@@ -102,15 +102,16 @@ def items_of(browser: Browser, template: Template, files: Mapping[str, bytes], s
     contents = {page: f"page {name}/{first}" for page, first in groups(texts).items()}
     training = {text for page, found in texts.items() if split_of(contents[page]) == "train" for text in found}
     asked: Counter[tuple[str, str]] = Counter()
+    met: dict[str, list[Widget]] = {split: [] for split in SPLITS}
     for number, page in enumerate(sorted(texts)):
         rng = np.random.default_rng([seed, number])
         split = split_of(contents[page])
-        others = [text for other in sorted(texts) if split_of(contents[other]) == split for text in sorted(texts[other])]
         count = 0
         for screen in screens(rng, browser, files, page, template.own_dark):
             known = training if split == "validation" else frozenset()
             for view in views(rng, _askable(screen, known, asked, split), side):
-                turns = turns_about(rng, view, [pick(rng, others) for _ in range(8)])
+                turns = turns_about(rng, view, [pick(rng, met[split]) for _ in range(8) if met[split]])
+                met[split] += view.widgets
                 asked.update((split, widget.text) for widget in view.widgets)
                 keys = (f"package:{name}", f"page:{name}/{page}")
                 count += 1

@@ -156,11 +156,11 @@ def _overlap(one: Box, other: Box) -> float:
     return max(0, width) * max(0, height) / min(area(one), area(other))
 
 
-def turns_about(rng: np.random.Generator, view: Screen, absent: Sequence[str]) -> tuple[Turn, ...]:
+def turns_about(rng: np.random.Generator, view: Screen, others: Sequence[Widget]) -> tuple[Turn, ...]:
     """Up to QUESTIONS questions about a view.
 
     Args:
-      absent: texts of other pages, of which one that this screen does not show is asked about.
+      others: widgets of other screens, of which one that this screen does not have may be asked about.
     """
     box = lambda widget: box_text(widget.box, view.picture.width, view.picture.height)  # noqa: E731
     order = [view.widgets[i] for i in rng.permutation(len(view.widgets)).tolist()]
@@ -172,11 +172,9 @@ def turns_about(rng: np.random.Generator, view: Screen, absent: Sequence[str]) -
             turns.append(_turn(rng, "screen_qa", box(widget), purpose=purpose))
             break
     turns += [_turn(rng, "neighbour", below.text, text=above.text) for above, below in neighbours(view)[:1]]
-    missing = [text for text in absent if text.lower() not in view.texts and _is_name(text)]
-    if missing and rng.random() < 0.5:
-        turns.append(_turn(rng, "presence", "No", kind=order[0].kind, text=pick(rng, missing)))
-    else:
-        turns.append(_turn(rng, "presence", "Yes", kind=order[0].kind, text=order[0].text))
+    missing = [widget for widget in others if widget.text.lower() not in view.texts]
+    answer, named = ("No", pick(rng, missing)) if missing and rng.random() < 0.5 else ("Yes", order[0])
+    turns.append(_turn(rng, "presence", answer, kind=named.kind, text=named.text))
     return tuple(turns[i] for i in rng.permutation(len(turns))[:QUESTIONS].tolist())
 
 

@@ -184,7 +184,14 @@ def read_wallpapers(package: Package, cache: Path) -> Iterator[tuple[str, Image.
             seen.add(key)
             picture = decode_picture(data, f"{package.name}: {name}")
             picture.thumbnail((LARGEST_WALLPAPER, LARGEST_WALLPAPER))
-            yield f"{package.name}/{key}", picture
+            if not is_flat(picture):
+                yield f"{package.name}/{key}", picture
+
+
+def is_flat(picture: Image.Image) -> bool:
+    """Whether half of the picture has one and the same colour, as those have that are transparent."""
+    colours = np.asarray(picture.resize((64, 64), Image.Resampling.NEAREST)).reshape(-1, 3)
+    return int(np.unique(colours, axis=0, return_counts=True)[1].max()) > len(colours) // 2
 
 
 def wallpaper_key(name: str) -> str:

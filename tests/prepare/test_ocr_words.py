@@ -59,6 +59,12 @@ def test_a_wallpaper_has_one_key_whatever_its_size_and_shade(name, key):
     assert ocr.wallpaper_key(name) == key
 
 
+def test_flat_wallpapers_are_told_from_scenes():
+    flat = Image.new("RGB", (300, 200), "white")
+    flat.paste(wallpaper(0).resize((120, 200)), (0, 0))
+    assert ocr.is_flat(flat) and not ocr.is_flat(wallpaper(0))
+
+
 def test_contrast_is_that_of_wcag():
     white, black, grey = (np.full((4, 4, 3), level, np.uint8) for level in (255, 0, 119))
     assert ocr.legibility(white, (0, 0, 0)) == pytest.approx(21) == ocr.legibility(black, (255, 255, 255))
