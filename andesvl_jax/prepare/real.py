@@ -15,11 +15,12 @@ from typing import Any
 from tqdm import tqdm
 
 from andesvl_jax.errors import UserError
+from andesvl_jax.prepare import emoji, flags, icons, maps, stamps
 from andesvl_jax.prepare.items import SIDE, Card
 from andesvl_jax.prepare.packages import CACHE, fetch
 from andesvl_jax.prepare.writer import finished, manifests, write_source
 
-SOURCES: dict[str, ModuleType] = {module.CARD.name: module for module in ()}
+SOURCES: dict[str, ModuleType] = {module.CARD.name: module for module in (emoji, icons, flags, stamps, maps)}
 
 
 def prepare_real(
