@@ -19,6 +19,7 @@ from andesvl_jax.data.tasks_screen import WORDINGS as SCREEN_WORDINGS
 
 SMALLEST_TEXT = 9  # pixels per em in a view
 LONGEST_TEXT = 40  # characters
+SYMBOLS = "\u2190"  # arrows, signs and emoji begin here, which no tokenizer of words should have to say
 INK = 48  # grey levels between the darkest and the lightest part of a widget that can be read
 VIEWS = 4  # crops of one screen
 TRIES = 12
@@ -92,7 +93,8 @@ def nameable(screen: Screen) -> Screen:
 
 
 def _is_name(text: str) -> bool:
-    return 1 < len(text) <= LONGEST_TEXT and text.isprintable() and any(map(str.isalnum, text)) and "<|" not in text
+    plain = text.isprintable() and max(text) < SYMBOLS and "<|" not in text
+    return 1 < len(text) <= LONGEST_TEXT and plain and any(map(str.isalnum, text))
 
 
 def _is_inked(grey: np.ndarray, widget: Widget) -> bool:

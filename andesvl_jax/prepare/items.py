@@ -14,7 +14,7 @@ from PIL import Image
 from andesvl_jax.data.examples import Turn, in_validation
 from andesvl_jax.prepare.packages import Package
 
-SIDE = 140  # pixels: what suits `nano`
+SIDE = 139  # pixels: five visual tokens of `nano`, see `data.drawing.side`
 SPLITS = ("train", "validation")
 
 

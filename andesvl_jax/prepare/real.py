@@ -15,12 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from andesvl_jax.errors import UserError
-from andesvl_jax.prepare import gui_pages, ocr_words, table_charts
+from andesvl_jax.prepare import emoji, flags, gui_pages, icons, maps, ocr_words, stamps, table_charts
 from andesvl_jax.prepare.items import SIDE, Card
 from andesvl_jax.prepare.packages import CACHE, fetch
 from andesvl_jax.prepare.writer import finished, manifests, write_source
 
-SOURCES: dict[str, ModuleType] = {module.CARD.name: module for module in (gui_pages, ocr_words, table_charts)}
+MODULES = (emoji, icons, flags, stamps, maps, gui_pages, ocr_words, table_charts)
+SOURCES: dict[str, ModuleType] = {module.CARD.name: module for module in MODULES}
 
 
 def prepare_real(

@@ -1,6 +1,7 @@
 // What the window shows: the widgets that can be tapped and where, and every visible text. The value is JSON-like.
 (() => {
   const WIDGETS = "a, button, input, select, textarea, [role=button], [role=tab], [role=checkbox]";
+  const TYPED = ["text", "email", "search", "tel", "url", "number", "password"]; // inputs that show what is typed into them
   const SMALLEST = 8; // pixels either way
   const clean = text => (text || "").replace(/\s+/g, " ").trim();
   const visible = node => node.checkVisibility({ opacityProperty: true, visibilityProperty: true });
@@ -20,6 +21,7 @@
     if (node.tagName === "SELECT") return ["select", clean(node.selectedOptions[0]?.text), true];
     if (node.tagName === "INPUT" && ["checkbox", "radio"].includes(type)) return ["checkbox", clean(node.labels?.[0]?.innerText), true];
     if (node.tagName === "INPUT" && ["submit", "button", "reset"].includes(type)) return ["button", clean(node.value), true];
+    if (node.tagName === "INPUT" && !TYPED.includes(type)) return ["button", hidden, false];
     if (["INPUT", "TEXTAREA"].includes(node.tagName)) {
       const secret = type === "password" && node.value;
       const text = secret ? "" : clean(node.value || node.placeholder);
@@ -62,7 +64,7 @@
     const edges = outline(node, kind);
     const [left, top, right, bottom] = edges;
     if (right - left < SMALLEST || bottom - top < SMALLEST) continue;
-    const whole = left >= 0 && top >= 0 && right <= innerWidth && bottom <= innerHeight && uncovered(node, edges);
+    const whole = !node.disabled && left >= 0 && top >= 0 && right <= innerWidth && bottom <= innerHeight && uncovered(node, edges);
     widgets.push({ kind, text, seen, whole, box: edges, size: smallestText(node) });
   }
 
