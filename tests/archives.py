@@ -1,4 +1,4 @@
-"""Small archives of the three kinds of package."""
+"""Small archives of the four kinds of package."""
 
 import io
 import stat
@@ -33,7 +33,7 @@ def deb_of(data: bytes, name="data.tar.xz") -> bytes:
 
 
 def archive(kind, files, links=()) -> bytes:
-    if kind == "npm":
+    if kind in ("npm", "sdist"):
         return tar_of({f"package/{name}": data for name, data in files.items()}, [(f"package/{n}", to) for n, to in links])
     if kind == "deb":
         return deb_of(tar_of({f"./{name}": data for name, data in files.items()}, links, "w:xz"))

@@ -93,7 +93,7 @@ def nameable(screen: Screen) -> Screen:
 
 
 def _is_name(text: str) -> bool:
-    plain = text.isprintable() and max(text) < SYMBOLS and "<|" not in text
+    plain = text.isprintable() and all(c < SYMBOLS for c in text) and "<|" not in text
     return 1 < len(text) <= LONGEST_TEXT and plain and any(map(str.isalnum, text))
 
 

@@ -223,7 +223,8 @@ HTML = """<!doctype html><html><head><link rel=stylesheet href=site.css></head><
 <a href="other.html" id=a>Reports</a><button id=b>Save all</button><button style="opacity:0">Ghost</button>
 <button style="visibility:hidden">Hidden</button><button style="display:none">None</button><button class=tiny>Tiny</button>
 <button class=far>Outside</button><button class=low>Beneath</button><div class=lid></div>
-<label><input type=checkbox id=c> Remember me</label><input placeholder="Your name"><input type=password value=secret><input type=range value=40><input disabled placeholder=Locked>
+<label><input type=checkbox id=c> Remember me</label><input placeholder="Your name"><input type=password value=secret>
+<input type=range value=40><input disabled placeholder=Locked>
 <select><option>One</option><option selected>Two</option></select><p>Plain text</p>
 <script>fetch("http://127.0.0.1:9/").catch(() => document.body.dataset.net = "refused");
 fetch("../secret.txt").catch(() => document.body.dataset.file = "refused");</script></body></html>"""
