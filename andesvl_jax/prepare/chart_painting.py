@@ -50,7 +50,7 @@ def draw_look(rng: np.random.Generator, series: Series, side: int) -> Look:
     if not series.course and min(series.values) > 0 and len(series.values) <= 6:
         styles.append("pie")
     style = pick(rng, styles)
-    width = int(rng.integers(side * 3 // 4, side + 1))
+    width = int(rng.integers(side * 3 // 4 if side > ROOM_FOR_TITLES else side * 9 // 10, side + 1))
     height = int(rng.integers(width * 3 // 5, min(side, width * 5 // 4) + 1))
     dark = rng.random() < 0.2
     level = int(rng.integers(16, 40)) if dark else int(rng.integers(240, 256))

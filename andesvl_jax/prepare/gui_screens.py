@@ -18,6 +18,7 @@ from andesvl_jax.data.examples import Turn, pick
 from andesvl_jax.data.tasks_screen import WORDINGS as SCREEN_WORDINGS
 
 SMALLEST_TEXT = 9  # pixels per em in a view
+SMALLEST_SCALE = 0.6  # of a crop: pages set most texts in 14 to 16 pixels
 LONGEST_TEXT = 40  # characters
 SYMBOLS = "\u2190"  # arrows, signs and emoji begin here, which no tokenizer of words should have to say
 INK = 48  # grey levels between the darkest and the lightest part of a widget that can be read
@@ -105,15 +106,16 @@ def _is_inked(grey: np.ndarray, widget: Widget) -> bool:
 
 
 def views(rng: np.random.Generator, screen: Screen, side: int) -> Iterator[Screen]:
-    """The whole screen, where its texts stay legible in `side` pixels, and crops without scaling; two widgets or more in each."""
+    """The whole screen, where its texts stay legible in `side` pixels, and crops, as they are or shrunk. Each has two widgets."""
     scale = min(1.0, side / max(screen.picture.size))
     whole = _scaled(screen, scale)
     if len(whole.widgets) >= 2:
         yield whole
     taken: list[Box] = []
     for _ in range(TRIES if screen.widgets and scale < 1 else 0):
-        area = _area(rng, screen, side)
-        part = _cropped(screen, area)
+        zoom = 1.0 if rng.random() < 0.5 else rng.uniform(SMALLEST_SCALE, 1)
+        area = _area(rng, screen, int(side / zoom))
+        part = _scaled(_cropped(screen, area), zoom)
         if len(part.widgets) >= 2 and len(taken) < VIEWS and all(_overlap(area, other) < 0.5 for other in taken):
             taken.append(area)
             yield part
@@ -145,7 +147,6 @@ def _cropped(screen: Screen, area: Box) -> Screen:
         replace(widget, box=(widget.box[0] - left, widget.box[1] - top, widget.box[2] - left, widget.box[3] - top))
         for widget in screen.widgets
         if left <= widget.box[0] and top <= widget.box[1] and widget.box[2] <= right and widget.box[3] <= bottom
-        if widget.size >= SMALLEST_TEXT
     )
     return replace(screen, picture=screen.picture.crop(area), widgets=widgets)
 

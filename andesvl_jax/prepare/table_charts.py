@@ -20,7 +20,17 @@ from andesvl_jax.prepare import held_out, sdist
 from andesvl_jax.prepare.chart_painting import Look, draw_look, levels, paint, written
 from andesvl_jax.prepare.items import Card, Item, LeftOut, png, split_of
 from andesvl_jax.prepare.packages import Package, members, read
-from andesvl_jax.prepare.tables import Series, Table, draw_series, fingerprint, from_csv, from_json, same_data
+from andesvl_jax.prepare.tables import (
+    LONGEST_NAME,
+    MOST_NUMBERS,
+    Series,
+    Table,
+    draw_series,
+    fingerprint,
+    from_csv,
+    from_json,
+    same_data,
+)
 
 VEGA = Package(
     "wheel", "vega-datasets", "0.9.0", 210_822,
@@ -38,7 +48,7 @@ CARD = Card(
 )
 CHARTS = 8  # of each table, where it has as many
 MAX_TABLE_BYTES = 16 << 20
-TRIES = 4  # drawings for one chart, until one is legible
+TRIES = 8  # drawings for one chart, until one is legible
 CLEAR = 0.06  # of the axis: two heights that differ by less are not asked about where no number is written
 QUESTIONS = 4
 
@@ -162,7 +172,9 @@ def charts_of(rng: np.random.Generator, table: Table, content: str, side: int) -
 def draw_chart(rng: np.random.Generator, table: Table, side: int) -> tuple[Series, Look, Image.Image] | None:
     """A series of the table and a legible picture of it; None where some tries gave none."""
     for _ in range(TRIES):
-        series = draw_series(rng, table)
+        series = draw_series(
+            rng, table, most=min(MOST_NUMBERS, max(3, side // 32)), longest=min(LONGEST_NAME, max(5, side // 20))
+        )
         if series is not None:
             look = draw_look(rng, series, side)
             picture = paint(series, look)

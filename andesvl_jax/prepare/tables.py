@@ -1,13 +1,14 @@
 """Real tables as strings: reading them, and finding in them what a chart can show."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
@@ -17,6 +18,9 @@ from andesvl_jax.data.examples import pick
 MAX_ROWS = 2_000  # of a table; longer ones are cut
 MAX_COLUMNS = 100
 MAX_CELL = 200  # characters
+SAMPLE = 200  # rows by which a column is judged
+MOST_GROUPS = 8
+MOST_NUMBERS = 9  # in a chart
 LONGEST_NAME = 14  # characters of a name on an axis
 DIGITS = 4  # significant ones of a number in a chart
 NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?")
@@ -31,6 +35,26 @@ class Table:
     name: str
     title: str
     columns: dict[str, tuple[str, ...]]
+
+    @functools.cached_property
+    def numeric(self) -> tuple[str, ...]:
+        """Columns of numbers."""
+        return tuple(column for column, cells in self.columns.items() if column and _are_numbers(cells[:SAMPLE]))
+
+    @functools.cached_property
+    def times(self) -> tuple[str, ...]:
+        """Columns of numbers that rise and are years, or bear the name of a time."""
+        return tuple(c for c in self.numeric if (TIMES.search(c) or _are_years(self.columns[c])) and _rise(self.columns[c]))
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Columns of different words."""
+        return tuple(column for column, cells in self.columns.items() if _are_names(cells))
+
+    @functools.cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Columns of a few words that repeat."""
+        return tuple(column for column, cells in self.columns.items() if column and _are_groups(cells))
 
 
 @dataclass(frozen=True)
@@ -107,91 +131,83 @@ def same_data(one: frozenset[bytes], other: frozenset[bytes]) -> bool:
     return least > 0 and 2 * len(one & other) >= least
 
 
-def draw_series(rng: np.random.Generator, table: Table) -> Series | None:
-    """Three to nine rows of a table, or how often a word stands in one of its columns; None where the draw found nothing fit."""
-    kind = pick(rng, ("rows", "rows", "rows", "counts", "course", "course"))
-    return {"rows": _rows, "counts": _counts, "course": _course}[kind](rng, table)
+def draw_series(rng: np.random.Generator, table: Table, most: int, longest: int) -> Series | None:
+    """Some rows of a table, or how often words stand in one of its columns; None where the draw found nothing fit.
+
+    Args:
+      most: numbers at most, three or more. longest: characters of a name at most.
+    """
+    values = tuple(column for column in table.numeric if column not in table.times)
+    kinds = [_rows, _rows] * bool(table.names and values) + [_course, _course] * bool(table.times and values)
+    kinds += [_counts] * bool(table.groups)
+    series = pick(rng, kinds)(rng, table, values, longest) if kinds else None
+    if series is None:
+        return None
+    count = int(rng.integers(3, most + 1))
+    series = replace(series, names=series.names[:count], values=series.values[:count])
+    fits = len(series.names) >= 3 and len(set(series.values)) > 1 and max(map(len, series.names)) <= longest
+    return series if fits else None
 
 
-def _rows(rng: np.random.Generator, table: Table) -> Series | None:
+def _rows(rng: np.random.Generator, table: Table, values: tuple[str, ...], longest: int) -> Series | None:
     """Some rows: their names from a column of words, their numbers from another."""
-    words = [column for column, cells in table.columns.items() if _are_names(cells)]
-    numbers = _numeric(table)
-    if not words or not numbers:
-        return None
-    word, column = pick(rng, words), pick(rng, numbers)
-    order = rng.permutation(len(table.columns[word])).tolist()
-    return _series(table, column, word, order, int(rng.integers(3, 9)), course=False)
+    name, column = pick(rng, table.names), pick(rng, values)
+    order = rng.permutation(len(table.columns[name])).tolist()
+    return _series(table, column, name, order, longest, course=False)
 
 
-def _course(rng: np.random.Generator, table: Table) -> Series | None:
-    """Neighbouring rows of a column of times that rises."""
-    numbers = _numeric(table)
-    times = [column for column in numbers if _rises(table.columns[column]) and (TIMES.search(column) or _years(table, column))]
-    others = [column for column in numbers if column not in times]
-    if not times or not others:
-        return None
-    time, column = pick(rng, times), pick(rng, others)
-    cells = table.columns[time]
-    step, count = int(rng.integers(1, 4)), int(rng.integers(4, 10))
-    start = int(rng.integers(max(1, len(cells) - step * count + 1)))
-    return _series(table, column, time, list(range(start, len(cells), step)), count, course=True)
+def _course(rng: np.random.Generator, table: Table, values: tuple[str, ...], longest: int) -> Series | None:
+    """Rows at even steps in a column of times."""
+    time, column = pick(rng, table.times), pick(rng, values)
+    count_of_rows = len(table.columns[time])
+    step = int(rng.integers(1, 4))
+    start = int(rng.integers(max(1, count_of_rows - step * MOST_NUMBERS + 1)))
+    return _series(table, column, time, range(start, count_of_rows, step), longest, course=True)
 
 
-def _counts(rng: np.random.Generator, table: Table) -> Series | None:
-    """How many rows there are of each word in a column of few different words."""
-    columns = [c for c, cells in table.columns.items() if c and 2 < len(set(cells) - {""}) <= 8 and _are_words(cells)]
-    if not columns:
-        return None
-    column = pick(rng, columns)
+def _counts(rng: np.random.Generator, table: Table, values: tuple[str, ...], longest: int) -> Series | None:
+    """How many rows there are of each word in a column."""
+    column = pick(rng, table.groups)
     counts = Counter(cell for cell in table.columns[column] if cell)
-    if len(set(counts.values())) < 2:
-        return None
     names = [list(counts)[i] for i in rng.permutation(len(counts)).tolist()]
     return Series(table.name, table.title, f"rows by {column}", tuple(names), tuple(Decimal(counts[n]) for n in names), False)
 
 
-def _series(table: Table, column: str, naming: str, order: Iterable[int], count: int, course: bool) -> Series | None:
+def _series(table: Table, column: str, naming: str, order: Iterable[int], longest: int, course: bool) -> Series:
     names: dict[str, Decimal] = {}
     for i in order:
         name, value = table.columns[naming][i], number(table.columns[column][i])
-        if name and value is not None and len(name) <= LONGEST_NAME and name not in names and len(names) < count:
+        if name and value is not None and len(name) <= longest and name not in names and len(names) < MOST_NUMBERS:
             names[name] = shown(value)
-    if len(names) < 3 or len(set(names.values())) < 2:
-        return None
     return Series(table.name, table.title, column, tuple(names), tuple(names.values()), course)
 
 
-def _numeric(table: Table) -> list[str]:
-    """Named columns with numbers in most of their cells, but no mere numbering of the rows."""
-    found = []
-    for column, cells in table.columns.items():
-        parsed = [n for cell in cells[:200] if (n := number(cell)) is not None]
-        numbering = all(cell == str(i + 1) for i, cell in enumerate(cells[:200]))
-        if column and len(parsed) >= max(3, len(cells[:200]) // 2) and len(set(parsed)) > 3 and not numbering:
-            found.append(column)
-    return found
+def _are_numbers(cells: tuple[str, ...]) -> bool:
+    """Numbers in half of the cells or more, but no mere numbering of the rows."""
+    parsed = [n for cell in cells if (n := number(cell)) is not None]
+    numbering = all(cell == str(i + 1) for i, cell in enumerate(cells))
+    return len(parsed) >= max(3, len(cells) // 2) and len(set(parsed)) > 3 and not numbering
+
+
+def _are_years(cells: tuple[str, ...]) -> bool:
+    return all(re.fullmatch("1[5-9]..|20..", cell) for cell in cells)
+
+
+def _rise(cells: tuple[str, ...]) -> bool:
+    values = [number(cell) for cell in cells]
+    return None not in values and all(a < b for a, b in zip(values, values[1:], strict=False))
 
 
 def _is_name(cell: str) -> bool:
     return len(cell) <= LONGEST_NAME and cell.isprintable() and any(map(str.isalpha, cell))
 
 
-def _are_words(cells: tuple[str, ...]) -> bool:
-    given = {cell for cell in cells if cell}
-    return all(map(_is_name, given))
-
-
 def _are_names(cells: tuple[str, ...]) -> bool:
-    """Different words of a length that fits an axis, in three cells at least."""
+    """Different words that fit an axis, in three cells and in half of them at least."""
     short = [cell for cell in cells if len(cell) > 1 and _is_name(cell)]
-    return len(short) >= 3 and len(set(short)) == len(short) and 2 * len(short) >= len(cells)
+    return 2 * len(short) >= len(cells) and len(short) >= 3 and len(set(short)) == len(short)
 
 
-def _rises(cells: tuple[str, ...]) -> bool:
-    values = [number(cell) for cell in cells]
-    return None not in values and all(a < b for a, b in zip(values, values[1:], strict=False))
-
-
-def _years(table: Table, column: str) -> bool:
-    return all(re.fullmatch("1[5-9]..|20..", cell) for cell in table.columns[column])
+def _are_groups(cells: tuple[str, ...]) -> bool:
+    given = set(cells) - {""}
+    return 2 < len(given) <= MOST_GROUPS and all(map(_is_name, given))

@@ -90,7 +90,7 @@ def test_small_letters_are_not_asked_about():
     whole, _ = screen(0)
     small = replace(whole, widgets=tuple(replace(w, size=SMALLEST_TEXT * 1.2) for w in whole.widgets))
     sizes = {w.size for view in views(np.random.default_rng(0), small, 320) for w in view.widgets}
-    assert sizes == {SMALLEST_TEXT * 1.2}, "the whole screen would have to be halved"
+    assert sizes and all(SMALLEST_TEXT <= size <= SMALLEST_TEXT * 1.2 for size in sizes), "the whole screen would be halved"
 
 
 def test_only_what_is_named_once_and_can_be_seen_is_nameable():

@@ -73,7 +73,7 @@ def test_series_repeat_the_table():
     for seed in range(300):
         rng = np.random.default_rng(seed)
         source = table(rng)
-        series = draw_series(rng, source)
+        series = draw_series(rng, source, most=8, longest=14)
         if series is None:
             continue
         assert 3 <= len(series.names) == len(series.values) == len(set(series.names)) and len(set(series.values)) > 1
@@ -141,7 +141,7 @@ def test_texts_are_inside_the_picture_and_apart(side, monkeypatch):
     styles = set()
     for seed in range(250):
         rng = np.random.default_rng(seed)
-        series = draw_series(rng, table(rng))
+        series = draw_series(rng, table(rng), most=max(4, side // 32), longest=14)
         if series is None:
             continue
         look = draw_look(rng, series, side)
