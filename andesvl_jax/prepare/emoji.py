@@ -43,7 +43,7 @@ NAMING = {
 }
 DRAWN = 112  # pixels of the large drawing
 LOOKS = 2  # pictures of an emoji for each language
-SCENES = 9000  # of each kind
+SCENES = 6000  # of each kind
 IGNORED = {"fe0f", "200d", "2640", "2642", "27a1"}  # variation selector, joiner, gender signs, arrow: variants of one emoji
 PERSON = re.compile(r"^(1f468|1f469|1f9d1)$")  # man, woman, person
 

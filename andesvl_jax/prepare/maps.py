@@ -51,10 +51,10 @@ WHICH = {
     "es": ("Mapa de {map}: ¿qué región está en {colour}?", "¿Qué parte de {map} está en {colour}?"),
 }
 CAPITAL = ("Map of {map}: what is the capital of the {colour} region?", "{map}: name the capital of the {colour} part.")
-COLOUR = ("Map of {map}: which colour has {name}?", "What colour is {name} on this map of {map}?")
+COLOUR = ("Map of {map}: which colour does {name} have?", "What colour is {name} on this map of {map}?")
 BOX = ("Locate <|object_ref_start|>{name}<|object_ref_end|> on the map of {map}.", "{map}: give the box of {name}.")
 LANGUAGES = tuple(WORDS)
-PICTURES = 6  # of every map for each of its regions that is large enough
+PICTURES = 3  # for each region of a map that is large enough
 SMALLEST_REGION = 30  # pixels that a region needs in the picture
 MAX_MAP_PIXELS = 4_000_000
 LAND, BORDER, REST = (226, 224, 216), (90, 90, 90), (250, 250, 250)

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from andesvl_jax.errors import UserError
-from andesvl_jax.prepare import emoji, flags, gui_pages, icons, maps, ocr_words, stamps, table_charts
+from andesvl_jax.prepare import drawings, emoji, flags, gui_pages, icons, maps, ocr_words, scenes, stamps, table_charts
 from andesvl_jax.prepare.items import SIDE, Card
 from andesvl_jax.prepare.packages import CACHE, fetch
 from andesvl_jax.prepare.writer import finished, manifests, write_source
@@ -64,7 +64,8 @@ def _recipe(module: ModuleType, seed: int, side: int) -> dict[str, Any]:
 
 
 def _code(module: ModuleType) -> str:
-    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    """Digest of the source's code and of what draws for it."""
+    return hashlib.sha256("".join(map(inspect.getsource, (module, scenes, drawings))).encode()).hexdigest()
 
 
 def listing() -> list[dict[str, Any]]:

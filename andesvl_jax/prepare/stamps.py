@@ -15,7 +15,7 @@ from andesvl_jax.prepare import held_out
 from andesvl_jax.prepare.drawings import fitted, rasterize, trimmed
 from andesvl_jax.prepare.items import Card, Item, LeftOut, split_of
 from andesvl_jax.prepare.packages import Package, members
-from andesvl_jax.prepare.scenes import CELLS, LANGUAGES, Thing, counting_item, drawer, naming_item, placing_item
+from andesvl_jax.prepare.scenes import CELLS, LANGUAGES, Thing, counting_item, naming_item, placing_item
 
 STAMPS = Package(
     "deb", "tuxpaint-stamps-default", "2022.06.04-1", 160_880_444,
@@ -43,7 +43,7 @@ KINDS = {  # folder -> answer, of those that are plain
     "seasonal": "seasonal", "space": "space", "sports": "sports", "vehicles": "vehicle", "town": "town", "hobbies": "hobby",
 }  # fmt: skip
 KIND_CHOICE = " Choose from: " + ", ".join(sorted(KINDS.values())) + "."
-DRAWN = 224  # pixels, the largest side that is kept
+DRAWN = 176  # pixels, the largest side that is kept
 MAX_STAMP_PIXELS = 16_000_000
 LONGEST_CAPTION, LONGEST_NAME = 100, 32  # characters
 LOOKS = 3  # pictures of a stamp for each language
@@ -51,12 +51,14 @@ SCENES = 3000  # of each kind
 
 
 def make(cache: Path, seed: int, side: int) -> Iterator[Item | LeftOut]:
-    """Items and what is left out, as `items` says. Raises UserError for a package that cannot be had or a broken picture."""
+    """Items and what is left out, as `items` says. Raises UserError for a package that cannot be had."""
     captions = {name: parse_captions(data) for name, data in members(STAMPS, _is_caption, cache)}
     kept, left_out = usable(captions)
     yield from (LeftOut(f"text:{name}", reason) for name, reason in left_out.items())
     rng = np.random.default_rng([seed, 4])
-    things = [*_things(kept, captions, cache)]
+    drawn = [*_things(kept, captions, cache)]
+    yield from (LeftOut(f"text:{name}", "that cannot be drawn") for name, thing in drawn if thing is None)
+    things = [(name, thing) for name, thing in drawn if thing is not None]
     for name, thing in things:
         content = f"stamp {_plain(kept[name]['en'])}"
         for language in thing.names:
@@ -68,7 +70,7 @@ def make(cache: Path, seed: int, side: int) -> Iterator[Item | LeftOut]:
                 yield naming_item(rng, thing, turns, content, language, side)
     known = [_named(thing) for name, thing in things if split_of(f"stamp {_plain(kept[name]['en'])}") == "train"]
     known = [*{thing.key: thing for thing in known if thing is not None}.values()]
-    choices = {language: [thing for thing in known if language in thing.names] for language in LANGUAGES}
+    choices = {x: [*{thing.names[x]: thing for thing in known if x in thing.names}.values()] for x in LANGUAGES}
     spoken = [language for language, named in choices.items() if len(named) >= CELLS * CELLS]
     for _ in range(SCENES):
         for scene, task in ((counting_item, "stamp_count"), (placing_item, "stamp_place")):
@@ -114,8 +116,9 @@ def _plain(text: str) -> str:
 
 def _things(
     kept: Mapping[str, Mapping[str, str]], captions: Mapping[str, Mapping[str, str]], cache: Path
-) -> Iterator[tuple[str, Thing]]:  # fmt: skip
-    """(caption file, stamp) of the kept captions that have a picture: PNG rather than SVG, none that a held-out caption has."""
+) -> Iterator[tuple[str, Thing | None]]:  # fmt: skip
+    """(caption file, stamp) of the kept captions that have a picture: PNG rather than SVG, none that a held-out caption has; None
+    for a picture that cannot be drawn."""
     wanted = {name.removesuffix("txt") + ending: name for name in captions for ending in ("png", "svg")}
     held, pictures = set(), {}
     for path, data in members(STAMPS, wanted.__contains__, cache):
@@ -125,20 +128,28 @@ def _things(
         elif name not in pictures or path.endswith(".png"):
             pictures[name] = path, data, digest
     for name, (path, data, digest) in sorted(pictures.items()):
-        if digest not in held:
-            yield name, Thing(f"caption:{captions[name]['en'].strip().lower()}", kept[name], drawer(_large(path, data)))
+        if digest in held:
+            continue
+        try:
+            image = _drawn(path, data)
+        except UserError:
+            yield name, None
+            continue
+        draw = lambda side, image=image: fitted(image, side, side)  # noqa: E731
+        yield name, Thing(f"caption:{captions[name]['en'].strip().lower()}", kept[name], draw)
 
 
-def _large(path: str, data: bytes):
-    def large() -> Image.Image:
-        if path.endswith(".svg"):
-            return trimmed(rasterize(data.decode(), DRAWN, DRAWN, path))
+def _drawn(path: str, data: bytes) -> Image.Image:
+    """RGBA of at most DRAWN pixels a side. Raises UserError for a picture that is broken or too large."""
+    if path.endswith(".svg"):
+        return trimmed(rasterize(data.decode("utf-8", "replace"), DRAWN, DRAWN, path))
+    try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         if image.width * image.height > MAX_STAMP_PIXELS:
-            raise UserError(f"{path}: is {image.width} x {image.height} pixels, expected at most {MAX_STAMP_PIXELS:,} in all.")
+            raise OSError(f"{image.width} x {image.height} pixels")
         return fitted(trimmed(image.convert("RGBA")), DRAWN, DRAWN)
-
-    return large
+    except OSError as error:  # UnidentifiedImageError is one
+        raise UserError(f"{path}: cannot be opened ({error}).") from error
 
 
 def _named(thing: Thing) -> Thing | None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import tarfile
 from collections import defaultdict
 from dataclasses import replace
@@ -16,6 +17,7 @@ from PIL import Image
 import andesvl_jax as avl
 from andesvl_jax.data.sources import open_source
 from andesvl_jax.prepare import emoji, flags, held_out, icons, maps, real, stamps
+from andesvl_jax.prepare.drawings import fitted, rasterize, svg_of, trimmed
 from andesvl_jax.prepare.items import LeftOut, png
 from andesvl_jax.prepare.packages import read
 from andesvl_jax.prepare.scenes import LANGUAGES, PLACES, Thing, counting_item, naming_item, picture_sides, placing_item
@@ -331,6 +333,36 @@ def test_sides_are_one_less_than_whole_tokens():
     for side in (139, 223):
         sizes = {Image.open(io.BytesIO(naming_item(rng, THINGS[0], [], "x", "en", side).picture)).size[0] for _ in range(60)}
         assert sizes == set(picture_sides(side))
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        '<image href="/etc/passwd" width="9" height="9"/>',
+        "<image xlink:href='other.png' width='9' height='9'/>",
+        '<path fill="url(http://x/y#z)" d="M0 0h9v9z"/>',
+        "<style>@import 'x.css';</style>",
+    ],
+)
+def test_drawings_that_refer_to_other_files_are_refused(inside):
+    with pytest.raises(avl.UserError, match="thing: refers to other files"):
+        rasterize(svg_of(inside, 9, 9), 9, 9, "thing")
+
+
+def test_drawings_need_resvg(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(avl.UserError, match=r"drawings need the package resvg-py; install `andesvl-jax\[real\]`"):
+        rasterize(svg_of("", 9, 9), 9, 9, "thing")
+
+
+def test_a_drawing_keeps_its_shape_and_inner_references():
+    pytest.importorskip("resvg_py")
+    body = '<linearGradient id="a"><stop stop-color="red"/></linearGradient><path fill="url(#a)" d="M0 0h8v4H0z"/>'
+    image = rasterize(svg_of(body, 8, 8), 32, 32, "thing")
+    assert image.size == (32, 32) and image.getpixel((16, 8)) == (255, 0, 0, 255) and image.getpixel((16, 28))[3] == 0
+    assert trimmed(image).size == (32, 16) and fitted(trimmed(image), 10, 10).size == (10, 5)
+    with pytest.raises(avl.UserError, match="thing: cannot be drawn"):
+        rasterize("<svg", 8, 8, "thing")
 
 
 @pytest.mark.slow
