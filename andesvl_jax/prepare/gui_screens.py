@@ -16,6 +16,7 @@ from PIL import Image
 from andesvl_jax.data.drawing import Box, box_text
 from andesvl_jax.data.examples import Turn, pick
 from andesvl_jax.data.tasks_screen import WORDINGS as SCREEN_WORDINGS
+from andesvl_jax.errors import UserError
 
 SMALLEST_TEXT = 9  # pixels per em in a view
 SMALLEST_SCALE = 0.6  # of a crop: pages set most texts in 14 to 16 pixels
@@ -75,15 +76,30 @@ class Screen:
 
 
 def read_screen(found: dict[str, Any], picture: Image.Image) -> Screen:
-    """The value of `screen.js` and the screenshot. What a page says of itself is only taken if it is of the right type."""
-    widgets, texts = [], Counter(str(text).lower() for text in found["texts"])
-    for entry in found["widgets"][:MOST_WIDGETS]:
-        box = tuple(float(edge) for edge in entry["box"])
-        widget = Widget(str(entry["kind"]), str(entry["text"]), bool(entry["seen"]), box, float(entry["size"]))
+    """The value of `screen.js` and the screenshot; boxes that leave it are dropped.
+
+    Raises:
+      UserError: the value is of another form, as a page can make it that changes what scripts are built on.
+    """
+    try:
+        reported = [_widget(entry) for entry in found["widgets"][:MOST_WIDGETS]]
+        texts = Counter(str(text).lower() for text in found["texts"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"screen: reports widgets that cannot be read ({error}), expected boxes, texts and sizes.") from error
+    widgets = []
+    for widget, whole in reported:
+        box = widget.box
         texts[widget.text.lower()] += 1
-        if entry["whole"] is True and 0 <= box[0] < box[2] <= picture.width and 0 <= box[1] < box[3] <= picture.height:
+        if whole and 0 <= box[0] < box[2] <= picture.width and 0 <= box[1] < box[3] <= picture.height:
             widgets.append(widget)
     return Screen(picture, tuple(widgets), texts)
+
+
+def _widget(entry: dict[str, Any]) -> tuple[Widget, bool]:
+    """A reported widget, and whether it is wholly to be seen."""
+    x1, y1, x2, y2 = (float(edge) for edge in entry["box"])
+    widget = Widget(str(entry["kind"]), str(entry["text"]), bool(entry["seen"]), (x1, y1, x2, y2), float(entry["size"]))
+    return widget, entry["whole"] is True
 
 
 def nameable(screen: Screen) -> Screen:

@@ -127,6 +127,9 @@ def test_what_a_page_reports_is_checked():
     ]
     found = read_screen({"widgets": [entry, *odd], "texts": ["Home", "Welcome"]}, Image.new("RGB", (100, 100)))
     assert [w.text for w in found.widgets] == ["Home"] and found.texts == {"home": 6, "welcome": 1}
+    for broken in ({"texts": []}, {"widgets": [{}], "texts": []}, {"widgets": [entry | {"box": [1, 2, "x", 4]}], "texts": []}):
+        with pytest.raises(avl.UserError, match="screen: reports widgets that cannot be read"):
+            read_screen(broken, Image.new("RGB", (9, 9)))
 
 
 PAGE = '<title>T</title><style>p{}</style><a href=#>Menu</a><p>%s</p><input placeholder=" Your\n name "><script>"no"</script>'
