@@ -66,8 +66,8 @@ MAX_WORDS_BYTES = 16 << 20  # of one list, unpacked
 PER_WALLPAPER = 80
 LARGEST_WALLPAPER = 1280  # pixels, once shrunk
 SMALLEST_FILE, LARGEST_FILE = 1 << 10, 16 << 20  # bytes of a wallpaper
-SMALLEST_TEXT, LARGEST_TEXT = {"zh": 18}, 56  # pixels per em
-SMALLEST_LATIN = 13
+SMALLEST_TEXT = {"en": 13, "de": 13, "ru": 13, "zh": 18}  # pixels per em
+LARGEST_TEXT = 56
 SLANT = 20  # degrees either way
 CONTRAST = 3.0  # WCAG 2 contrast of the text with all but 5 % of what it stands on; large text needs 3:1
 QUIET = 2  # pixels around the text that the contrast is measured in
@@ -132,7 +132,7 @@ def make(cache: Path, seed: int, side: int) -> Iterator[Item]:
                 yield draw_item(rng, wallpaper, own_words, own_poems, fonts, split, side, package.name)
 
 
-def read_words(language: str, cache: Path = Path()) -> list[str]:
+def read_words(language: str, cache: Path) -> list[str]:
     """Words of a short list of wordfreq, more frequent ones first."""
     name = f"wordfreq/data/small_{language}.msgpack.gz"
     return parse_words(read(WORDFREQ, [name], cache)[name], ALPHABETS[language])
@@ -262,14 +262,14 @@ def cased(rng: np.random.Generator, word: str) -> str:
 def _writing(
     rng: np.random.Generator, lines: tuple[str, ...], language: str, fonts: Mapping[str, Sequence[bytes | str]]
 ) -> Writing:
-    size = int(np.exp(rng.uniform(np.log(SMALLEST_LATIN + 3), np.log(LARGEST_TEXT))))
+    size = int(np.exp(rng.uniform(np.log(SMALLEST_TEXT[language]), np.log(LARGEST_TEXT))))
     degrees = float(rng.integers(-SLANT, SLANT + 1)) if rng.random() < 0.5 else 0.0
     return Writing(lines, language, pick(rng, fonts[language]), size, degrees)
 
 
 def place(rng: np.random.Generator, picture: Image.Image, writing: Writing) -> tuple[Image.Image, Box] | None:
     """The writing as a mask and where it goes, at most at its size; None where even the smallest size has no room."""
-    for size in range(writing.size, SMALLEST_TEXT.get(writing.language, SMALLEST_LATIN) - 1, -2):
+    for size in range(writing.size, SMALLEST_TEXT[writing.language] - 1, -2):
         mask = text_block(writing.lines, writing.font, size)
         mask = mask.rotate(writing.degrees, Image.Resampling.BICUBIC, expand=True) if writing.degrees else mask
         mask = mask.crop(mask.getbbox())
