@@ -156,6 +156,8 @@ class Browser:
         message = json.loads(line)
         if message.get("method") == "Fetch.requestPaused":
             self._answer(message["params"])
+        elif message.get("method") == "Page.javascriptDialogOpening":  # an alert would keep the page waiting
+            self._send("Page.handleJavaScriptDialog", {"accept": False})
         elif message.get("method") == "Page.loadEventFired":
             self._loaded = True
         return message

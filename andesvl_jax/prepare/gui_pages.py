@@ -72,7 +72,7 @@ CARD = Card(
     summary="Screens of HTML templates: naming what is in a box, finding what is named, and what to tap.",
     packages=tuple(template.package for template in TEMPLATES),
     held_out="Two other frameworks are never fetched, so that they stay unseen.",
-    questions=10_000,
+    questions=3_000,
 )
 WINDOWS = {"phone": (375, 720), "tablet": (768, 1024), "desktop": (1280, 800)}  # pixels
 THEMES = ("plain", "plain", "dark", "tinted")

@@ -227,9 +227,9 @@ HTML = """<!doctype html><html><head><link rel=stylesheet href=site.css></head><
 <button style="visibility:hidden">Hidden</button><button style="display:none">None</button><button class=tiny>Tiny</button>
 <button class=far>Outside</button><button class=low>Beneath</button><div class=lid></div>
 <label><input type=checkbox id=c> Remember me</label><input placeholder="Your name"><input type=password value=secret>
-<input type=range value=40><input disabled placeholder=Locked>
+<input type=range value=40><input disabled placeholder=Locked style="top: 450px">
 <select><option>One</option><option selected>Two</option></select><p>Plain text</p>
-<script>fetch("http://127.0.0.1:9/").catch(() => document.body.dataset.net = "refused");
+<script>alert("Wait!"); fetch("http://127.0.0.1:9/").catch(() => document.body.dataset.net = "refused");
 fetch("../secret.txt").catch(() => document.body.dataset.file = "refused");</script></body></html>"""
 CSS = """* { margin: 0; font: 16px sans-serif } button, a, select { position: absolute; border: 0; padding: 0 }
 #a { left: 20px; top: 30px; width: 100px; height: 40px; background: rgb(200, 10, 10); color: rgb(200, 10, 10) }
