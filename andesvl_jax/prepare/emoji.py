@@ -32,7 +32,7 @@ CARD = Card(
     "Noto emoji alone and in scenes: their names in five languages, how many there are, which is where.",
     (NOTO, NAMES),
     "One emoji in five is held out, with its variants, and so are all skin tones and the languages ja and ar.",
-    0,
+    44_000,
 )
 NAMING = {
     "en": ("What is this?", "Which emoji is this?", "Name this emoji.", "What does the emoji show?"),

@@ -26,7 +26,7 @@ CARD = Card(
     "Flags alone and in scenes: the country in five languages, its capital in English, which flag is where.",
     (FLAGS, NAMES),
     "Countries whose emoji is held out are left out.",
-    0,
+    15_200,
 )
 NAMING = {
     "en": ("Whose flag is this?", "Which country or territory has this flag?", "Name the country of this flag."),

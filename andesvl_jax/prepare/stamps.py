@@ -26,7 +26,7 @@ CARD = Card(
     "Cut-outs of animals, food, vehicles and more on made backgrounds: captions in five languages, counting, places, kinds.",
     (STAMPS,),
     "One English caption in five is held out with its pictures and translations, and so are the languages ja and ar.",
-    0,
+    27_800,
 )
 FOLDER = "usr/share/tuxpaint/stamps/"
 TAGS = {"zh": "zh_CN", "de": "de", "ru": "ru", "es": "es"}  # in the caption files; English is their first line

@@ -169,7 +169,8 @@ def finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
 def manifests(out: Path) -> Iterator[dict[str, Any]]:
     """The manifests of all finished sources below `out`, in the order of their names."""
     for path in sorted(out.glob(f"*/{MANIFEST}")):
-        if (manifest := _read_manifest(path.parent)) is not None:
+        staged = path.parent.name.startswith(".")  # by a run that was killed
+        if not staged and (manifest := _read_manifest(path.parent)) is not None:
             yield manifest
 
 
