@@ -111,7 +111,7 @@ def made_up(monkeypatch):
         return SimpleNamespace(CARD=Card(name, "Dots.", (), "Nothing is held out.", 90), make=make_counted)
 
     monkeypatch.setattr(real, "SOURCES", {name: module(name) for name in ("first", "second")})
-    monkeypatch.setattr(real, "_code", lambda module: "code")
+    monkeypatch.setattr(real, "_code", lambda: "code")
     return made
 
 
