@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from andesvl_jax.data.long_context.layout import Count
-from andesvl_jax.data.long_context.registry import LENGTH_MARK, long_name
+from andesvl_jax.data.long_context.registry import LENGTH_MARK, TEXT_TASKS, long_name
 from andesvl_jax.data.registry import TASKS
 from andesvl_jax.data.sources import Rendered, RenderedLong, open_source
 from andesvl_jax.errors import UserError
@@ -59,6 +59,10 @@ class Mixture:
             )
         if self.resize not in RESIZES:
             raise UserError(f"data.resize is {self.resize!r}, expected one of {', '.join(RESIZES)}.")
+        long = filter(None, (long_name(name) for name in self.weights if name not in self.files))
+        pictures = [family for family, _ in long if family not in TEXT_TASKS]
+        if pictures and self.resize != "none":
+            raise UserError(f"data.resize is {self.resize!r}, which changes the length of {pictures[0]}; expected 'none'.")
         ranges = {"temperature": (1e-3, math.inf), "max_bad": (0, 1), "shards": (1, math.inf)}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:

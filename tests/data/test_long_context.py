@@ -1,5 +1,6 @@
 """Long-context tasks: solvers that read nothing but the rendered text and pixels answer every question; lengths are kept."""
 
+import dataclasses
 import functools
 import re
 import tempfile
@@ -292,6 +293,8 @@ def test_a_mixture_takes_long_contexts_by_name_and_length():
     assert lengths[3] < 60 and all(0.95 * 256 <= n <= 300 for n in lengths[4:])
     with pytest.raises(UserError, match="'niah_single@256', whose length needs the model's tokenizer"):
         examples(mixture)
+    with pytest.raises(UserError, match="data.resize is 'wide', which changes the length of which_picture"):
+        dataclasses.replace(mixture, resize="wide")
 
 
 @pytest.mark.parametrize("name", ["pages@1024", "which_picture@1024"])
