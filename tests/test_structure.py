@@ -99,3 +99,9 @@ def test_the_network_fixes_no_type(file):
         found = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
         if found in ("bfloat16", "float16", "float32", "float64"):
             assert found == "float32" and id(node) in promised, f"{file.name}:{node.lineno} fixes {found}"
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by name alone: of two with one name it collects the first."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
