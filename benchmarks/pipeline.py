@@ -39,7 +39,6 @@ def speeds(config: TrainConfig, tokenizer: Tokenizer) -> tuple[float, float]:
         batch: Batch = next(source)
     drawn: list[Batch] = []
     made = timing.seconds(lambda: drawn.extend(next(source) for _ in range(BATCHES)))
-    del source  # ends its thread
     state = init_state(config)
     times = []
     for _ in range(STEPS + 1):
