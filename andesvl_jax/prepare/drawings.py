@@ -27,12 +27,12 @@ def rasterize(svg: str, width: int, height: int, where: str) -> Image.Image:
     Raises:
       UserError: which begins with `where`: resvg is missing, the drawing refers to other files, or it cannot be drawn.
     """
+    if len(svg) > MAX_SVG_BYTES or OUTSIDE.search(svg):
+        raise UserError(f"{where}: refers to other files or is too long, expected a drawing that stands by itself.")
     try:
         from resvg_py import svg_to_bytes
     except ImportError as error:
         raise UserError(f"{where}: drawings need the package resvg-py; install `andesvl-jax[real]`.") from error
-    if len(svg) > MAX_SVG_BYTES or OUTSIDE.search(svg):
-        raise UserError(f"{where}: refers to other files or is too long, expected a drawing that stands by itself.")
     try:
         data = svg_to_bytes(svg_string=svg, width=width, height=height, skip_system_fonts=True)
         return Image.open(io.BytesIO(data), formats=("PNG",)).convert("RGBA")
