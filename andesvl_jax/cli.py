@@ -70,10 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--kv-policy", help="cache eviction after the prompt: okv, snapkv or streaming")
     chat.add_argument("--kv-budget", type=_budget, default=0.5, help="share (0.25) or number (512) of cache slots that stay")
     chat.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    chat.add_argument("--image-preset", help="how pictures are sized: release (default) or evaluation")
-    chat.add_argument(
-        "--max-size", type=int, help="square root of the pixel budget of a picture (release: 733, evaluation: 1792)"
-    )
+    _add_sizing(chat)
 
     info = verb("info", _info, "parameters and bytes of a checkpoint or of a configuration by name")
     info.add_argument("--model", required=True, help="checkpoint directory, or a name such as andesvl-4b")
@@ -86,10 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="canvas and visual tokens of a picture of this size",
     )
     info.add_argument("--image", action="append", default=[], metavar="FILE", help="the same for a picture file, by its header")
-    info.add_argument("--image-preset", help="how pictures are sized: release (default) or evaluation")
-    info.add_argument(
-        "--max-size", type=int, help="square root of the pixel budget of a picture (release: 733, evaluation: 1792)"
-    )
+    _add_sizing(info)
 
     train = verb("train", _train, "train a model")
     train.add_argument("--config", required=True, help="Python file with get_config(), e.g. configs/nano_demo.py")
@@ -120,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--tokens", nargs="+", type=int, default=[256, 512, 1024], help="long: lengths of the prompts (default: %(default)s)"
     )
-    evaluate.add_argument("--max-size", type=int, help="square root of the pixel budget of a picture (default: the model's)")
+    _add_sizing(evaluate)
     evaluate.add_argument("--per-task", type=int, default=200, help="questions of each task (default: %(default)s)")
     evaluate.add_argument("--kv-policy")
     evaluate.add_argument("--kv-budget", type=_budget, default=0.5)
@@ -153,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
         "--step", action="append", choices=("train", "prefill", "decode"), help="may be given several times (default: all three)"
     )
     return parser
+
+
+def _add_sizing(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--image-preset", help="how pictures are sized: release or evaluation (default: as the model says)")
+    verb.add_argument(
+        "--max-size", type=int, help="square root of the pixel budget of a picture (release: 733, evaluation: 1792)"
+    )
 
 
 def _budget(text: str) -> float | int:
@@ -279,7 +280,7 @@ def _evaluate(args) -> dict[str, Any]:
     if args.benchmark == "perplexity":
         return _perplexity(args)
     began = time.perf_counter()
-    bundle = _load(args.model, max_size=args.max_size, decode_only=True)
+    bundle = _load(args.model, max_size=args.max_size, image_preset=args.image_preset, decode_only=True)
     eviction = {"kv_policy": args.kv_policy, "kv_budget": args.kv_budget}
     if args.benchmark == "long":
         results = evaluate_long(bundle, args.task, args.tokens, args.per_task, **eviction)

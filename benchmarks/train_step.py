@@ -51,7 +51,7 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
 
     config = timing.config_by_name(config_name, SIZES).replace(image_token_id=IMAGE_TOKEN)
     rows, runs = (2, 2) if quick else (16, 7)
-    batch = packed_batch(config, rows) if config_name == "nano" else packed_batch(config, rows // 2, 2)
+    batch = packed_batch(config, rows) if config_name == "nano" else packed_batch(config, rows // 2, pairs=2)  # as many tokens
     state = init_state(TrainConfig(model=config, optimizer=OPTIMIZER, steps=SCHEDULE_STEPS))
     network = peer.Network(config, params_to_hf(state.params, config))
     torch_batch = peer.TorchBatch(config, batch)

@@ -14,6 +14,7 @@ from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.cli import main
 from andesvl_jax.config import AndesVLConfig, TextConfig, VisionConfig
 from andesvl_jax.data.corpus import corpus, train_tokenizer
+from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import describe
@@ -178,6 +179,17 @@ def test_evaluate_prints_the_stable_json_keys_and_refuses_an_unknown_benchmark(m
         main(["evaluate", "--model", str(model), "--benchmark", "none"])
     assert "nano-val" in capsys.readouterr().err
     assert_refused(main(["evaluate", "--model", str(model / "none")]), capsys, "no such directory")
+
+
+def test_evaluate_sizes_pictures_as_it_is_told(model, capsys, monkeypatch):
+    def found(bundle, *_, **__):
+        raise UserError(f"{bundle.image_processor.size_rule} {bundle.image_processor.max_size}")
+
+    monkeypatch.setattr("andesvl_jax.evaluation.evaluate.evaluate", found)
+    arguments = ["evaluate", "--model", str(model), "--per-task", "1"]
+    assert_refused(main([*arguments, "--image-preset", "evaluation"]), capsys, "evaluation 1792")
+    assert_refused(main([*arguments, "--image-preset", "evaluation", "--max-size", "448"]), capsys, "evaluation 448")
+    assert_refused(main([*arguments, "--image-preset", "large"]), capsys, "found 'large', expected one of release, evaluation")
 
 
 def test_evaluate_on_long_contexts_tells_lengths_and_depths(model, capsys):

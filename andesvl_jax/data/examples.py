@@ -13,6 +13,7 @@ import numpy as np
 
 from andesvl_jax.inputs.chat import Message
 
+SPLITS = ("train", "validation")
 VALIDATION_SHARE = 0.1
 MANY = 6  # things in the fullest picture
 T = TypeVar("T")

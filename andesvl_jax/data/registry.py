@@ -6,12 +6,11 @@ from collections.abc import Callable
 import numpy as np
 
 from andesvl_jax.data import tasks_chart, tasks_digits, tasks_screen, tasks_shapes, tasks_text
-from andesvl_jax.data.examples import MANY, Example, in_validation
+from andesvl_jax.data.examples import MANY, SPLITS, Example, in_validation
 from andesvl_jax.errors import UserError
 
 __all__ = ["SPLITS", "TASKS", "WORDINGS", "in_validation", "render"]
 
-SPLITS = ("train", "validation")
 TASKS: dict[str, Callable[[np.random.Generator, str, int], Example]] = {
     "shapes": tasks_shapes.render_shapes,
     "word": tasks_text.render_word,

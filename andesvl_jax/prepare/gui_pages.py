@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from andesvl_jax.data.examples import pick
+from andesvl_jax.data.examples import SPLITS, pick
 from andesvl_jax.prepare.chromium import Browser
 from andesvl_jax.prepare.gui_screens import Screen, Widget, nameable, open_picture, read_screen, turns_about, views
-from andesvl_jax.prepare.items import SPLITS, Card, Item, LeftOut, png, split_of
+from andesvl_jax.prepare.items import Card, Item, LeftOut, png, split_of
 from andesvl_jax.prepare.packages import Package, members
 
 SB_ADMIN_2 = Package(

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from andesvl_jax.data.examples import Turn, in_validation
+from andesvl_jax.data.examples import SPLITS, Turn, in_validation
 from andesvl_jax.prepare.packages import Package
 
 SIDE = 139  # pixels: five visual tokens of `nano`, see `data.drawing.side`
-SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)

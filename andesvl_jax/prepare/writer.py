@@ -17,9 +17,10 @@ from typing import Any
 import jinja2
 
 from andesvl_jax.checkpoints.staging import replacing
+from andesvl_jax.data.examples import SPLITS
 from andesvl_jax.errors import UserError
 from andesvl_jax.prepare.held_out import refuse
-from andesvl_jax.prepare.items import SPLITS, Card, Item, LeftOut
+from andesvl_jax.prepare.items import Card, Item, LeftOut
 
 MANIFEST = "manifest.json"
 SHOWN = 36  # examples on the page

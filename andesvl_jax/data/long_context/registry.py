@@ -5,10 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from andesvl_jax.data.examples import Example
+from andesvl_jax.data.examples import SPLITS, Example
 from andesvl_jax.data.long_context import dialogue, lists, pictures, retrieval
 from andesvl_jax.data.long_context.layout import Count, Plan, fill
-from andesvl_jax.data.registry import SPLITS
 from andesvl_jax.errors import UserError
 
 LONG_TASKS: dict[str, Callable[[np.random.Generator, str, int], Plan]] = {
