@@ -14,12 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from andesvl_jax.errors import UserError
-from andesvl_jax.prepare import emoji, flags, gui_pages, icons, maps, ocr_words, stamps, table_charts
+from andesvl_jax.prepare import emoji, flags, gui_pages, help_pages, icons, maps, ocr_words, stamps, table_charts
 from andesvl_jax.prepare.items import SIDE, Card
 from andesvl_jax.prepare.packages import CACHE, fetch
 from andesvl_jax.prepare.writer import finished, manifests, write_source
 
-MODULES = (emoji, icons, flags, stamps, maps, gui_pages, ocr_words, table_charts)
+MODULES = (emoji, icons, flags, stamps, maps, gui_pages, ocr_words, table_charts, help_pages)
 SOURCES: dict[str, ModuleType] = {module.CARD.name: module for module in MODULES}
 
 

@@ -390,6 +390,7 @@ def _names_of_stamps() -> list[str]:
 def test_the_real_sources(tmp_path):
     """Everything, twice interrupted by nothing: counts as the cards say, nothing held out, enough to train on."""
     pytest.importorskip("resvg_py")
+    pytest.importorskip("rapidocr")
     whole = real.prepare_real(tmp_path / "real")["sources"]
     for name, module in real.SOURCES.items():
         assert abs(whole[name]["train"]["distinct"] / module.CARD.questions - 1) < 0.05, name
