@@ -87,6 +87,7 @@ def open_reader() -> Reader:
     """
     try:
         found = version(ENGINE)
+        import onnxruntime  # noqa: F401  the engine finds out later that it is missing
         import rapidocr
         from rapidocr import RapidOCR
     except (ImportError, PackageNotFoundError) as error:

@@ -289,6 +289,7 @@ def test_what_the_engine_finds_becomes_labels():
 
 def test_without_the_engine_or_with_another_one_it_is_told_in_a_sentence(monkeypatch):
     monkeypatch.setattr(help_reading, "version", lambda name: help_reading.ENGINE_VERSION)
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(avl.UserError, match=r"labels are read by rapidocr \(and onnxruntime\); install `andesvl-jax\[real\]`"):
         help_reading.open_reader()
