@@ -56,7 +56,7 @@ def weights(mesh) -> dict:
         cut_by_tensor = mesh.shape["tensor"] if "tensor" in at.spec else 1
         size = 4 * math.prod(param.shape)
         total += size
-        if "fsdp" in at.spec:
+        if any("fsdp" in (part or ()) or "context" in (part or ()) for part in at.spec):
             count += param.shape[0] if param.axes[0] == "layers" else 1
             bytes_ += size // cut_by_tensor
     return {"gathered": {"count": count, "bytes": bytes_}, "total_bytes": total}

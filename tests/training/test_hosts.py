@@ -179,9 +179,9 @@ def test_a_checkpoint_that_is_broken_gives_way_in_all_processes(launch, alone, k
     np.testing.assert_allclose(losses(out), losses(alone), atol=1e-5, rtol=0)
 
 
-def mesh_of(order: list[int], data=1, fsdp=1, tensor=1):
+def mesh_of(order: list[int], data=1, fsdp=1, context=1, tensor=1):
     """A mesh whose devices belong to these processes, in its order."""
-    devices = np.array([SimpleNamespace(process_index=number) for number in order]).reshape(data, fsdp, tensor, 1)
+    devices = np.array([SimpleNamespace(process_index=number) for number in order]).reshape(data, fsdp, context, tensor)
     return SimpleNamespace(devices=devices, shape=dict(zip(MESH_AXES, devices.shape, strict=True)))
 
 
@@ -193,6 +193,7 @@ def mesh_of(order: list[int], data=1, fsdp=1, tensor=1):
         (mesh_of([0, 0, 1, 1], data=2, tensor=2), [(0, 2), (1, 2)]),
         (mesh_of([0, 1, 2, 3], data=2, tensor=2), [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor spans processes: the same rows
         (mesh_of([0, 1], tensor=2), [(0, 1), (0, 1)]),
+        (mesh_of([0, 0, 1, 1, 2, 2, 3, 3], fsdp=2, context=2, tensor=2), [(0, 2), (0, 2), (1, 2), (1, 2)]),  # so does context
     ],
 )
 def test_every_process_makes_the_rows_that_its_devices_hold(mesh, shares):

@@ -22,7 +22,7 @@ from andesvl_jax.training.collectives import by_kind, collectives
 from andesvl_jax.training.sharding import (
     MESH_AXES,
     ShardingRules,
-    check_rows,
+    check_budget,
     make_mesh,
     param_shardings,
     rules_for,
@@ -35,8 +35,8 @@ MESHES = [ALL_AXES, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("d
 CONFIG = tiny_config(vision={"num_layers": 1})  # as in eight_devices.py
 
 
-def mesh_of(data=1, fsdp=1, tensor=1) -> AbstractMesh:
-    return AbstractMesh((data, fsdp, tensor, 1), MESH_AXES)
+def mesh_of(data=1, fsdp=1, context=1, tensor=1) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, context, tensor), MESH_AXES)
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def test_a_mesh_that_cannot_be_is_refused_in_a_sentence(text, message):
 
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(avl.UserError, match="budget.rows: found 6, expected a multiple of 4"):
-        check_rows(Budget(6, 8, 8, 8), mesh_of(data=2, fsdp=2, tensor=2))
+        check_budget(Budget(6, 8, 8, 8), mesh_of(data=2, fsdp=2, tensor=2))
 
 
 def test_the_table_names_every_parameter_and_its_bytes():
