@@ -13,7 +13,7 @@ _CALLED = re.compile(r"(?:body|to_apply|calls|called_computation|true_computatio
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"compare\(.*?%([\w.\-]+)\), direction=LT")
-_CHANNEL, _ORIGIN = re.compile(r"channel_id=(\d+)"), re.compile(r"metadata=\{.*?\}")
+_SHARED = re.compile(r"channel_id=\d+|metadata=\{.*?\}")  # by the pieces of one collective
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -46,15 +46,13 @@ def collectives(hlo: str) -> list[Collective]:
     found: dict[str, Collective] = {}
 
     def walk(computation: str, times: int) -> None:
-        before: Counter[str] = Counter()  # of one channel and origin: layers that are unrolled, or a shard_map's on one channel
+        seen: Counter[str] = Counter()  # what one source line says in each layer, all of a shard_map's on one channel
         for line in bodies.get(computation, ()):
             collective = _COLLECTIVE.search(line)
             if collective:
-                channel = _CHANNEL.search(line)
-                origin = _ORIGIN.search(line)
-                name = f"{channel[0]} {origin and origin[0]}" if channel else f"{computation} {line}"
-                before[name] += 1
-                name = f"{name} {before[name]}"
+                name = " ".join(_SHARED.findall(line)) or computation
+                seen[name] += 1
+                name = f"{name} {seen[name]}"
                 if name not in found or times < found[name].times:
                     shape = _received(collective[1], asynchronous=bool(collective[3]), kind=collective[2])
                     found[name] = Collective(collective[2], shape, _bytes(shape), times)

@@ -163,8 +163,7 @@ def whole(tree: Any) -> Any:
 
 
 def data_share(mesh: Mesh | None, process: int | None = None) -> tuple[int, int]:
-    """Which part of every batch this process makes, and of how many. Processes that hold the same rows, or parts of them, make the
-    same part.
+    """Which part of every batch this process makes, and of how many. Processes that hold parts of the same rows make the same.
 
     Raises:
       UserError: several processes without a mesh, or a mesh that cuts rows so that the parts would overlap or differ in size.

@@ -149,6 +149,13 @@ def test_sigterm_to_one_process_saves_on_all_and_resume_on_the_same_topology_is_
 
 
 @pytest.mark.slow
+def test_two_processes_that_share_every_row_have_the_losses_of_one(launch, alone, tmp_path):
+    done = launch(tmp_path / "run", 2, 4, "--mesh", "context=-1")
+    assert done.codes == [0, 0], "\n".join(text[-2500:] for text in done.errors)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
 def test_when_the_first_process_is_killed_the_other_says_so_too(launch, tmp_path):
     done = launch(tmp_path / "run", 2, 4, events={0: "SIGKILL@4"})
     assert done.codes == [-9, 75]
