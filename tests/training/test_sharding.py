@@ -144,7 +144,7 @@ def test_a_mesh_axis_that_would_cut_twice_is_refused():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "expected items like"), ("fsdp", "expected items like"), ("model=2", "data, fsdp, tensor"),
+        ("", "expected items like"), ("fsdp", "expected items like"), ("model=2", "data, fsdp, context, tensor"),
         ("fsdp=0", "positive number"), ("fsdp=two", "positive number"), ("fsdp=-1,data=-1", "are both -1"),
         ("fsdp=3", "needs 3 devices and finds 8"), ("fsdp=-1,data=3", "a multiple of 3 devices and finds 8"),
         ("fsdp=" + "9" * 30, "positive number"), ("fsdp=16", "needs 16 devices"),
