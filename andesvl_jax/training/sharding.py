@@ -190,16 +190,15 @@ def sum_over_parts(fn: Callable, mesh: Mesh | None) -> Callable:
 
 def check_budget(budget: Budget, mesh: Mesh) -> None:
     """Raises UserError when the rows of a batch, or what a row holds, do not divide among the devices."""
-    rows, blocks = batch_shards(mesh), mesh.shape[CONTEXT]
-    merged = "" if blocks == 1 else f" x {MERGED} patches of a visual token"
-    parts = {
-        "rows": (rows, "data x fsdp of --mesh"), "tokens": (blocks, "context of --mesh"),
-        "patches": (blocks * MERGED if blocks > 1 else 1, f"context of --mesh{merged}"),
-        "targets": (blocks, "context of --mesh"),
-    }  # fmt: skip
-    for field, (count, of) in parts.items():
-        if (found := getattr(budget, field)) % count:
-            raise UserError(f"training field budget.{field}: found {found}, expected a multiple of {count} = {of}.")
+    blocks = mesh.shape[CONTEXT]
+    for field, parts, of in (
+        ("rows", batch_shards(mesh), "data x fsdp"),
+        ("tokens", blocks, "context"),
+        ("patches", blocks * MERGED if blocks > 1 else 1, f"context x {MERGED} of a visual token"),
+        ("targets", blocks, "context"),
+    ):
+        if (found := getattr(budget, field)) % parts:
+            raise UserError(f"training field budget.{field}: found {found}, expected a multiple of {parts}, by --mesh: {of}.")
 
 
 def gather(params: AndesVL, config: AndesVLConfig, mesh: Mesh) -> AndesVL:

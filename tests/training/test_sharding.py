@@ -158,13 +158,13 @@ def test_a_mesh_that_cannot_be_is_refused_in_a_sentence(text, message):
 @pytest.mark.parametrize(
     "budget, message",
     [
-        (Budget(6, 8, 8, 8), "budget.rows: found 6, expected a multiple of 4 = data x fsdp of --mesh"),
-        (Budget(8, 9, 8, 8), "budget.tokens: found 9, expected a multiple of 2 = context of --mesh"),
+        (Budget(6, 8, 8, 8), "budget.rows: found 6, expected a multiple of 4, by --mesh: data x fsdp"),
+        (Budget(8, 9, 8, 8), "budget.tokens: found 9, expected a multiple of 2, by --mesh: context"),
         (
             Budget(8, 8, 12, 8),
-            "budget.patches: found 12, expected a multiple of 8 = context of --mesh x 4 patches of a visual token",
+            "budget.patches: found 12, expected a multiple of 8, by --mesh: context x 4 of a visual token",
         ),
-        (Budget(8, 8, 8, 7), "budget.targets: found 7, expected a multiple of 2 = context of --mesh"),
+        (Budget(8, 8, 8, 7), "budget.targets: found 7, expected a multiple of 2, by --mesh: context"),
     ],
 )
 def test_a_budget_that_does_not_divide_is_refused(budget, message):
