@@ -26,9 +26,19 @@ from andesvl_jax.model.andesvl import AndesVL, describe, encode_images
 from andesvl_jax.model.flops import forward_flops, step_flops
 from andesvl_jax.training.collectives import by_kind, collectives
 from andesvl_jax.training.config import PARTS, TrainConfig
-from andesvl_jax.training.sharding import ShardingRules, batch_sharding, batch_shards, check_rows, make_mesh, rules_for
+from andesvl_jax.training.sharding import (
+    IN_USE,
+    ShardingRules,
+    batch_sharding,
+    batch_shards,
+    check_budget,
+    make_mesh,
+    param_shardings,
+    row_sharding,
+    rules_for,
+)
 from andesvl_jax.training.train import init_state, state_shardings, train_step
-from andesvl_jax.weights import Param, abstract, is_param, path_name
+from andesvl_jax.weights import abstract, is_param
 
 STEPS = ("train", "prefill", "decode")
 NEW_TOKENS = 256  # room behind the prompt in the cache of the decode step
@@ -82,7 +92,7 @@ def plan(
     """
     devices = topology_devices(topology)
     over = make_mesh(mesh or config.mesh or "fsdp=-1", devices)
-    check_rows(config.budget, over)
+    check_budget(config.budget, over)
     limit = hbm_limit(devices[0])
     costs = {}
     for step in steps:
@@ -195,7 +205,7 @@ def knob(config: TrainConfig, mesh: Mesh, step: str, held: int, limit: int | Non
         return (
             f"activations fill the device: --set budget.rows={config.budget.rows // rows} leaves each device one row, not {rows}"
         )
-    return "activations of one row fill the device: --set budget.tokens and budget.patches lower, or give --mesh a larger tensor"
+    return "activations of one row fill the device: --set budget.tokens and budget.patches lower, or give --mesh a larger context"
 
 
 def _train(config: TrainConfig, mesh: Mesh) -> tuple:
@@ -207,7 +217,7 @@ def _train(config: TrainConfig, mesh: Mesh) -> tuple:
 def _prefill(config: TrainConfig, mesh: Mesh) -> tuple:
     params, batch = _weights(config.model, mesh), _batch(config, mesh)
     _, cache = jax.eval_shape(_prompts_read(config.model), params, batch)
-    at = batch_sharding(mesh), _cache_shardings(cache, config.model, mesh)
+    at = row_sharding(mesh), _cache_shardings(cache, config.model, mesh)
     return jax.jit(_prompts_read(config.model), out_shardings=at), params, batch
 
 
@@ -216,7 +226,7 @@ def _decode(config: TrainConfig, mesh: Mesh) -> tuple:
     last, cache = jax.eval_shape(_prompts_read(config.model), params, batch)
     with jax.sharding.set_mesh(mesh):
         state = jax.eval_shape(functools.partial(start, new_tokens=NEW_TOKENS), last, cache, batch.tokens, batch.positions)
-    by_row, whole = batch_sharding(mesh), NamedSharding(mesh, P())
+    by_row, whole = row_sharding(mesh), NamedSharding(mesh, P())
     at = jax.tree.map(lambda x: by_row if x.ndim else whole, state)
     state = jax.tree.map(_placed, state, at.replace(cache=_cache_shardings(state.cache, config.model, mesh)))
     options = jax.tree.map(lambda x: _placed(x, by_row), jax.eval_shape(functools.partial(sampling_options, config.budget.rows)))
@@ -239,7 +249,7 @@ def _prompts_read(config: AndesVLConfig) -> Callable:
 
 
 def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    """Shapes of a batch, rows over the mesh."""
+    """Shapes of a batch, in its parts over the mesh."""
     one = assemble([], replace(config.budget, rows=1), config.model.vision.patch_features)
     widen = lambda x: jax.ShapeDtypeStruct((config.budget.rows, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh))  # noqa: E731
     return jax.tree.map(widen, one)
@@ -248,20 +258,15 @@ def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
 def _weights(config: AndesVLConfig, mesh: Mesh) -> AndesVL:
     """Shapes of the parameters as generation holds them: in the compute type, cut by `tensor` alone, so that no token waits for
     a weight to be gathered."""
-    rules = rules_for(config, mesh, ShardingRules(embed=(), merged=()))
-
-    def place(path, param: Param):
-        at = NamedSharding(mesh, rules.spec(param, mesh, path_name(path)))
-        return _placed(abstract(param, config.dtype), at)
-
-    return jax.tree_util.tree_map_with_path(place, describe(config), is_leaf=is_param)
+    at = param_shardings(config, mesh, IN_USE)
+    return jax.tree.map(lambda p, at: _placed(abstract(p, config.dtype), at), describe(config), at, is_leaf=is_param)
 
 
 def _cache_shardings(cache, config: AndesVLConfig, mesh: Mesh):
     """[L, B, K, ...] by row, and between kv heads where `tensor` divides them; length by row, the cursor whole."""
     by_head = NamedSharding(mesh, P(None, ShardingRules().batch, rules_for(config, mesh).kv_heads or None))
     return cache.replace(
-        keys=by_head, values=by_head, positions=by_head, length=batch_sharding(mesh), cursor=NamedSharding(mesh, P())
+        keys=by_head, values=by_head, positions=by_head, length=row_sharding(mesh), cursor=NamedSharding(mesh, P())
     )
 
 

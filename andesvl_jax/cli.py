@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field, e.g. optimizer.decoder=1e-3"
     )
     train.add_argument(
-        "--mesh", metavar="AXES", help="spread over all devices, e.g. data=2,fsdp=-1 (-1: the rest; axes: data, fsdp, tensor)"
+        "--mesh",
+        metavar="AXES",
+        help="spread over all devices, e.g. data=2,fsdp=-1 (-1: the rest; axes: data, fsdp, context, tensor)",
     )
     train.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps to --out/profile")
     start = train.add_mutually_exclusive_group()

@@ -15,6 +15,7 @@ from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.inputs.packing import Batch, ImageRow
 from andesvl_jax.model import decoder as decoder_lib
 from andesvl_jax.model.attention import Place
+from andesvl_jax.model.context import place_tokens
 from andesvl_jax.model.decoder import Decoder, describe_decoder, embed_tokens
 from andesvl_jax.model.projector import Projector, describe_projector, project
 from andesvl_jax.model.vision import Vision, describe_vision, embed_patches, encode
@@ -52,8 +53,8 @@ def embed_inputs(params: AndesVL, config: AndesVLConfig, tokens, visual, visual_
     x = embed_tokens(params.decoder, config, tokens)
     if visual is None:
         return x
-    placed = jnp.take_along_axis(visual, jnp.maximum(visual_index, 0)[..., None], axis=1)
-    return jnp.where((visual_index >= 0)[..., None], placed.astype(x.dtype), x)
+    placed = place_tokens(visual, visual_index).astype(x.dtype)
+    return jnp.where((visual_index >= 0)[..., None], placed, x)
 
 
 def forward(params: AndesVL, config: AndesVLConfig, batch: Batch) -> jax.Array:

@@ -12,6 +12,7 @@ from flax import struct
 from andesvl_jax.cache.kv import Cache
 from andesvl_jax.config import ATTENTION_BACKENDS
 from andesvl_jax.errors import UserError
+from andesvl_jax.model import context
 from andesvl_jax.model.devices import target_platform
 from andesvl_jax.model.splash import splash
 from andesvl_jax.weights import kernel
@@ -82,6 +83,8 @@ def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chu
     if backend == "splash":
         segments = 0 if queries.segments is None else queries.segments
         return splash(q, k, v, jnp.where(queries.positions < 0, -1, segments), causal)
+    if own and context.blocks() > 1:
+        return _over_context(q, k, v, queries, causal, backend, chunk)
     if own and causal and backend == "chunked" and q.shape[1] >= PIECES * SMALLEST_PIECE:
         return _in_pieces(q, k, v, queries, chunk)
     return _blocks(q, k, v, queries, keys, causal, backend, chunk)
@@ -91,6 +94,16 @@ def _blocks(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, ch
     if backend == "einsum" or q.shape[1] <= chunk:
         return _einsum(q, k, v, queries, keys, causal)
     return _chunked(q, k, v, queries, keys, causal, chunk)
+
+
+def _over_context(q, k, v, place: Place, causal: bool, backend: str, chunk: int) -> jax.Array:
+    """Own queries over the keys of the whole row."""
+
+    def own_queries(q, k, v, place):
+        k, v, keys = context.all_tokens(k, 2), context.all_tokens(v, 2), jax.tree.map(context.all_tokens, place)
+        return _blocks(q, k, v, place, keys, causal, backend, chunk)
+
+    return context.attend_in_parts(own_queries, q, k, v, place)
 
 
 def _in_pieces(q, k, v, place: Place, chunk: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """What the devices of a compiled program say to each other: collectives by kind, from its HLO text."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -12,7 +13,7 @@ _CALLED = re.compile(r"(?:body|to_apply|calls|called_computation|true_computatio
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"compare\(.*?%([\w.\-]+)\), direction=LT")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+_SHARED = re.compile(r"channel_id=\d+|metadata=\{.*?\}")  # by the pieces of one collective
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -29,7 +30,8 @@ class Collective:
 def collectives(hlo: str) -> list[Collective]:
     """Every collective of a compiled program (`compiled.as_text()`); those in loops of known length count each round.
 
-    A TPU program spreads one gather over what runs beside it, loops too; its pieces share a channel and count as one.
+    A TPU program spreads one gather over what runs beside it, loops too; its pieces, one to a computation, share a channel and
+    where in the source they come from, and count as one.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = None
@@ -44,11 +46,13 @@ def collectives(hlo: str) -> list[Collective]:
     found: dict[str, Collective] = {}
 
     def walk(computation: str, times: int) -> None:
+        seen: Counter[str] = Counter()  # what one source line says in each layer, all of a shard_map's on one channel
         for line in bodies.get(computation, ()):
             collective = _COLLECTIVE.search(line)
             if collective:
-                channel = _CHANNEL.search(line)
-                name = channel[0] if channel else f"{computation} {line}"
+                name = " ".join(_SHARED.findall(line)) or computation
+                seen[name] += 1
+                name = f"{name} {seen[name]}"
                 if name not in found or times < found[name].times:
                     shape = _received(collective[1], asynchronous=bool(collective[3]), kind=collective[2])
                     found[name] = Collective(collective[2], shape, _bytes(shape), times)

@@ -163,7 +163,7 @@ def whole(tree: Any) -> Any:
 
 
 def data_share(mesh: Mesh | None, process: int | None = None) -> tuple[int, int]:
-    """Which part of every batch this process makes, and of how many. Processes that hold the same rows make the same part.
+    """Which part of every batch this process makes, and of how many. Processes that hold parts of the same rows make the same.
 
     Raises:
       UserError: several processes without a mesh, or a mesh that cuts rows so that the parts would overlap or differ in size.
@@ -179,8 +179,8 @@ def data_share(mesh: Mesh | None, process: int | None = None) -> tuple[int, int]
     shares = sorted({tuple(sorted(parts)) for parts in held.values()})
     if sum(map(len, shares)) != batch_shards(mesh) or len(set(map(len, shares))) > 1:
         raise UserError(
-            "--mesh: the rows of a batch would lie across processes unevenly, expected data x fsdp and tensor to be multiples or "
-            "divisors of the devices of a process; choose another --mesh."
+            "--mesh: the rows of a batch would lie across processes unevenly, expected data x fsdp and context x tensor to be "
+            "multiples or divisors of the devices of a process; choose another --mesh."
         )
     own = tuple(sorted(held[jax.process_index() if process is None else process]))
     return shares.index(own), len(shares)
@@ -193,7 +193,7 @@ def on_devices(batches: grain.IterDataset[Batch], mesh: Mesh | None) -> grain.Da
     def place(batch: Batch) -> tuple[Batch, Batch]:
         if mesh is None:
             return batch, jax.device_put(batch)
-        whole_of = lambda x: (len(x) * shares, *x.shape[1:])  # noqa: E731
+        whole_of = lambda x: (len(x) * shares, *x.shape[1:])  # noqa: E731  # rows are whole here, devices take their parts
         rows = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
         return batch, jax.tree.map(lambda x: rows(x, whole_of(x)), batch)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from andesvl_jax.model.andesvl import AndesVL
+from andesvl_jax.model.context import take_tokens
 from andesvl_jax.weights import Leaf, unembed
 
 
@@ -21,7 +22,7 @@ def cross_entropy(
     Returns:
       (loss, weight): float32 [] each.
     """
-    chosen = jnp.take_along_axis(hidden, jnp.maximum(slots, 0)[..., None], axis=1).reshape(-1, hidden.shape[-1])
+    chosen = take_tokens(hidden, slots).reshape(-1, hidden.shape[-1])
     size = min(chunk, targets.size)
     pad = -targets.size % size
     chunks = lambda x: jnp.pad(x.reshape(-1), (0, pad)).reshape(-1, size)  # noqa: E731

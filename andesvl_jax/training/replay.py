@@ -13,7 +13,7 @@ from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.packing import Batch, Budget
 from andesvl_jax.training.bad_batch import BAD_BATCH, BAD_MODEL, read_batch
 from andesvl_jax.training.config import TrainConfig
-from andesvl_jax.training.sharding import batch_sharding, check_rows, make_mesh, placement
+from andesvl_jax.training.sharding import batch_sharding, check_budget, make_mesh, placement
 from andesvl_jax.training.train import loss_fn
 from andesvl_jax.weights import path_name
 
@@ -31,7 +31,7 @@ def replay(config: TrainConfig, out: str | Path) -> dict[str, Any]:
     batch = read_batch(out / BAD_BATCH)
     mesh = None if config.mesh is None else make_mesh(config.mesh)
     if mesh is not None:
-        check_rows(Budget(len(batch.tokens), *config.budget.sizes), mesh)
+        check_budget(Budget(len(batch.tokens), *config.budget.sizes), mesh)
     bundle = load(out / BAD_MODEL, config.model.param_dtype, sharding=placement(config.model, mesh))
     model = config.model.replace(image_token_id=bundle.config.image_token_id)
     if bundle.config.vision != model.vision or bundle.config.text != model.text:

@@ -1,8 +1,9 @@
 """Sharding by one knob: `data=2,fsdp=4,tensor=2` -> a mesh, and from the names of a parameter's dimensions its layout on it.
 
-Parameters, gradients and moments are stored in parts over `fsdp` and `tensor`; rows of a batch go over `data` and `fsdp`. A
-matrix of a layer is gathered over `fsdp` where the layer runs (`weights.gathered`), what stands outside the layers once a
-step; over `tensor` it is never gathered: heads, mlp channels and vocabulary entries stay where they are.
+Parameters, gradients and moments are stored in parts over `fsdp`, `context` and `tensor`; rows of a batch go over `data` and
+`fsdp`, what a row holds over `context` (`model.context`). A matrix of a layer is gathered over `fsdp` and `context` where the
+layer runs (`weights.gathered`), what stands outside the layers once a step; over `tensor` it is never gathered: heads, mlp
+channels and vocabulary entries stay where they are.
 """
 
 import math
@@ -17,13 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.errors import UserError
-from andesvl_jax.inputs.packing import Budget
+from andesvl_jax.inputs.packing import MERGED, Budget
 from andesvl_jax.model.andesvl import AndesVL, describe
 from andesvl_jax.model.devices import HEAD_AXES, ROW_AXES
-from andesvl_jax.weights import Param, dense, is_param, path_name
+from andesvl_jax.weights import CONTEXT, Param, dense, is_param, path_name
 from andesvl_jax.weights.gathered import Gathered, relayout
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")  # slowest to fastest: neighbours on the interconnect share `tensor`
+MESH_AXES = ("data", "fsdp", CONTEXT, "tensor")  # slowest to fastest: neighbours on the interconnect share `tensor`
+STORED = ("fsdp", CONTEXT)  # mesh axes over which weights are stored in parts and gathered for use
 Axes = tuple[str, ...]
 
 
@@ -31,14 +33,14 @@ Axes = tuple[str, ...]
 class ShardingRules:
     """For each logical axis name of `Param.axes` the mesh axes that cut it; () leaves it whole.
 
-    Vectors (norms, biases) are too small to gather and leave `fsdp` out. A dimension that does not divide is refused, except
+    Vectors (norms, biases) are too small to gather and leave `STORED` out. A dimension that does not divide is refused, except
     for the names in `or_replicated`, which are then left whole.
     """
 
     batch: Axes = ROW_AXES
     layers: Axes = ()
-    embed: Axes = ("fsdp",)
-    merged: Axes = ("fsdp",)
+    embed: Axes = STORED
+    merged: Axes = STORED
     mlp: Axes = ("tensor",)
     heads: Axes = HEAD_AXES
     kv_heads: Axes = ("tensor",)
@@ -58,7 +60,7 @@ class ShardingRules:
         matrix = len(param.shape) - (param.axes[0] == "layers") > 1
         cuts = [self._cut(axis, size, mesh, name) for axis, size in zip(param.axes, param.shape, strict=True)]
         if not matrix:
-            cuts = [tuple(a for a in cut if a != "fsdp") for cut in cuts]
+            cuts = [tuple(a for a in cut if a not in STORED) for cut in cuts]
         used = [axis for cut in cuts for axis in cut]
         twice = next((axis for axis in used if used.count(axis) > 1), None)
         if twice is not None:
@@ -79,6 +81,9 @@ class ShardingRules:
             f"sharding of {name}: its dimension {axis!r} has size {size}, expected a multiple of {parts}, the size of mesh axis "
             f"{' x '.join(cut)}; choose another --mesh."
         )
+
+
+IN_USE = ShardingRules(embed=(), merged=())  # of weights that are gathered: `tensor` alone cuts them
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
@@ -107,11 +112,6 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             f"--mesh {text!r}: needs {'a multiple of ' if open_axes else ''}{fixed} devices and finds {len(devices)}; expected a "
             "product that equals them."
         )
-    if sizes["context"] > 1:
-        raise UserError(
-            f"--mesh {text!r}: context is {sizes['context']}, expected 1: one row's tokens are not spread over devices; use "
-            "fsdp, tensor or shorter rows."
-        )
     shape = tuple(sizes.values())
     # an 8 x 8 slice has no axis of 16 chips: 4 x 16 needs one of its axes in two
     layout = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -131,9 +131,9 @@ def rules_for(config: AndesVLConfig, mesh: Mesh, rules: ShardingRules = Sharding
     return replace(rules, kv_heads=()) if config.text.num_kv_heads % parts else rules
 
 
-def param_shardings(config: AndesVLConfig, mesh: Mesh) -> AndesVL:
+def param_shardings(config: AndesVLConfig, mesh: Mesh, rules: ShardingRules = ShardingRules()) -> AndesVL:
     """Where every parameter is stored: the tree of parameters with `NamedSharding` leaves. Raises UserError as `rules_for`."""
-    rules = rules_for(config, mesh)
+    rules = rules_for(config, mesh, rules)
     at = lambda path, p: NamedSharding(mesh, rules.spec(p, mesh, path_name(path)))  # noqa: E731
     return jax.tree_util.tree_map_with_path(at, describe(config), is_leaf=is_param)
 
@@ -155,9 +155,14 @@ def optimizer_shardings(transform: optax.GradientTransformation, params: AndesVL
     )  # fmt: skip
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp."""
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Of an array [B, ...]: rows over data and fsdp."""
     return NamedSharding(mesh, P(ShardingRules().batch))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every array of a `Batch`: rows over data and fsdp, tokens, patches and targets of a row over context."""
+    return NamedSharding(mesh, P(ShardingRules().batch, CONTEXT))
 
 
 def batch_shards(mesh: Mesh | None) -> int:
@@ -165,45 +170,50 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ShardingRules().batch)
 
 
-def sum_over_rows(fn: Callable, mesh: Mesh | None) -> Callable:
-    """fn(params, *arrays [B, ...]) -> sums over rows, run by each device on its own rows; what comes out is summed over all.
+def sum_over_parts(fn: Callable, mesh: Mesh | None) -> Callable:
+    """fn(params, *arrays [B, T, ...]) -> sums over rows and tokens, run by each device on its own part; what comes out is summed
+    over all.
 
     Parameters are each device's own inside, so that a loop there adds up their gradient on each device, and the devices' sums
     travel once, not every round.
     """
     if mesh is None:
         return fn
-    rows = ShardingRules().batch
-    own = lambda params: jax.tree.map(lambda w: jax.lax.pcast(w, rows, to="varying"), params)  # noqa: E731
-    local = lambda params, *arrays: jax.lax.psum(fn(own(params), *arrays), rows)  # noqa: E731
+    part = batch_sharding(mesh).spec
+    axes = (*ShardingRules().batch, CONTEXT)
+    own = lambda params: jax.tree.map(lambda w: jax.lax.pcast(w, axes, to="varying"), params)  # noqa: E731
+    local = lambda params, *arrays: jax.lax.psum(fn(own(params), *arrays), axes)  # noqa: E731
     return lambda params, *arrays: jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), *[P(rows)] * len(arrays)), out_specs=P(), axis_names=set(rows)
+        local, mesh=mesh, in_specs=(P(), *[part] * len(arrays)), out_specs=P(), axis_names=set(axes)
     )(params, *arrays)
 
 
-def check_rows(budget: Budget, mesh: Mesh) -> None:
-    """Raises UserError when the rows of a batch do not divide among the devices."""
-    parts = batch_shards(mesh)
-    if budget.rows % parts:
-        raise UserError(
-            f"training field budget.rows: found {budget.rows}, expected a multiple of {parts} = data x fsdp of --mesh."
-        )
+def check_budget(budget: Budget, mesh: Mesh) -> None:
+    """Raises UserError when the rows of a batch, or what a row holds, do not divide among the devices."""
+    blocks = mesh.shape[CONTEXT]
+    for field, parts, of in (
+        ("rows", batch_shards(mesh), "data x fsdp"),
+        ("tokens", blocks, "context"),
+        ("patches", blocks * MERGED if blocks > 1 else 1, f"context x {MERGED} of a visual token"),
+        ("targets", blocks, "context"),
+    ):
+        if (found := getattr(budget, field)) % parts:
+            raise UserError(f"training field budget.{field}: found {found}, expected a multiple of {parts}, by --mesh: {of}.")
 
 
 def gather(params: AndesVL, config: AndesVLConfig, mesh: Mesh) -> AndesVL:
-    """Parameters as the network uses them: gathered over fsdp, matrices of layers as leaves that do so one layer at a time."""
-    stored = param_shardings(config, mesh)
+    """Parameters as the network uses them: whole but for `tensor`, matrices of layers as leaves that are gathered one layer at a
+    time."""
 
-    def leaf(path, param: Param, w: jax.Array, at: NamedSharding):
-        stacked = param.axes[0] == "layers"
-        parts = at.spec[1:] if stacked else at.spec
-        if "fsdp" not in parts:
+    def leaf(param: Param, w: jax.Array, stored: NamedSharding, used: NamedSharding):
+        if stored == used:
             return w
-        at = NamedSharding(mesh, P(*parts))
-        whole = NamedSharding(mesh, P(*(None if part == "fsdp" else part for part in parts)))
-        return Gathered(w, at, whole) if stacked else relayout(dense(w, config.dtype), at, whole)
+        stacked = param.axes[0] == "layers"
+        stored, used = (NamedSharding(mesh, P(*at.spec[stacked:])) for at in (stored, used))
+        return Gathered(w, stored, used) if stacked else relayout(dense(w, config.dtype), stored, used)
 
-    return jax.tree_util.tree_map_with_path(leaf, describe(config), params, stored, is_leaf=is_param)
+    shardings = param_shardings(config, mesh), param_shardings(config, mesh, IN_USE)
+    return jax.tree.map(leaf, describe(config), params, *shardings, is_leaf=is_param)
 
 
 def sharding_table(config: AndesVLConfig, mesh: Mesh) -> str:

@@ -38,14 +38,14 @@ from andesvl_jax.training.objectives import cross_entropy
 from andesvl_jax.training.optimizer import freeze, make_optimizer
 from andesvl_jax.training.run_directory import check_same_run, only_run
 from andesvl_jax.training.sharding import (
-    check_rows,
+    check_budget,
     gather,
     make_mesh,
     optimizer_shardings,
     param_shardings,
     placement,
     sharding_table,
-    sum_over_rows,
+    sum_over_parts,
 )  # fmt: skip
 from andesvl_jax.weights import abstract, initialize
 
@@ -74,7 +74,7 @@ def loss_fn(
             params = unstack_layers(params)
         hidden = forward(params, config, batch)
     head = AndesVL(None, None, params.decoder.replace(layers=None))
-    total, weight = sum_over_rows(cross_entropy, mesh)(head, hidden, batch.target_slots, batch.targets, batch.target_weights)
+    total, weight = sum_over_parts(cross_entropy, mesh)(head, hidden, batch.target_slots, batch.targets, batch.target_weights)
     return total / jnp.maximum(weight, 1.0), weight
 
 
@@ -169,7 +169,7 @@ def _train(config: TrainConfig, out: Path, manager, resume, command: str, profil
     mesh = None if config.mesh is None else make_mesh(config.mesh)
     share, shares = data_share(mesh)
     if mesh is not None:
-        check_rows(config.budget, mesh)
+        check_budget(config.budget, mesh)
         if is_first():
             print(sharding_table(config.model, mesh))
     if manager.latest_step() is not None and not resume:

@@ -11,6 +11,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
+CONTEXT = "context"  # the mesh axis that cuts the tokens of a row
 Leaf = Any  # a jax.Array or a registered kind (LoRA, FakeQuantized, Packed, ...)
 _KINDS: list[type] = []
 
@@ -33,6 +34,8 @@ def dense(w: Leaf, dtype=None) -> jax.Array:
 
 @functools.singledispatch
 def multiply(w: Leaf, x: jax.Array) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1) > 1:  # rows in parts cannot be laid end to end
+        return x @ dense(w, x.dtype)
     rows = x.reshape(-1, x.shape[-1])  # a 3-D operand makes XLA's CPU backward pass transpose the activations
     return (rows @ dense(w, x.dtype)).reshape(*x.shape[:-1], -1)
 

@@ -61,11 +61,12 @@ def test_splash_equals_plain_attention_in_values_and_gradients(case):
         assert max_relative(a.astype(jnp.float32), b.astype(jnp.float32)) <= TOLERANCE[dtype]
 
 
-def test_on_a_mesh_each_device_attends_to_its_own_rows_and_heads():
-    """Four query and two kv heads: dealt to two devices, repeated for four; two rows that four devices cannot share."""
-    script = Path(__file__).with_name("splash_on_four_devices.py")
+def test_on_a_mesh_each_device_attends_for_its_own_rows_heads_and_tokens():
+    """Four query and two kv heads: dealt to two devices, repeated for four; two rows that four devices cannot share; rows in two
+    and four parts, which segments cross."""
+    script = Path(__file__).with_name("attention_on_four_devices.py")
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(script.parents[2])}
-    meshes = ["data=2,tensor=2", "tensor=4", "data=4"]
+    meshes = ["data=2,tensor=2", "tensor=4", "data=4", "context=4", "data=2,context=2", "context=2,tensor=2"]
     done = subprocess.run([sys.executable, script, *meshes], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(off <= TOLERANCE["float32"] for off in json.loads(done.stdout.splitlines()[-1]).values()), done.stdout

@@ -78,7 +78,9 @@ def test_kv_heads_that_do_not_divide_cost_what_they_cost_without_splash():
     assert found["auto"] == found["chunked"]
 
 
-@pytest.mark.parametrize("text", ["fsdp=2,tensor=2", pytest.param("fsdp=4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "text", ["fsdp=2,tensor=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=4", "fsdp=2,context=2"))]
+)
 def test_a_train_step_compiles_for_tpu_and_says_no_more_than_without_splash(text):
     mesh = mesh_on("v5e:2x2", text)
     found = {}

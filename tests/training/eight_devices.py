@@ -1,11 +1,13 @@
 """Run by test_sharding.py with eight CPU devices: the same steps on every mesh named on the command line, as one JSON line.
 
-For each mesh: losses; collectives of the compiled step; the weights that it has to gather and the bytes of all of them.
+For each mesh: losses; bytes of the sums of the compiled step, its other collectives by shape; weights that it has to gather by
+shape, and the bytes of all of them.
 """
 
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -15,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import random_sample, tiny_batch, tiny_config, tiny_params
 
 from andesvl_jax.model.andesvl import describe
-from andesvl_jax.training.collectives import by_kind, collectives
+from andesvl_jax.training.collectives import collectives
 from andesvl_jax.training.config import Optimizer, TrainConfig
-from andesvl_jax.training.sharding import batch_sharding, make_mesh, param_shardings
+from andesvl_jax.training.sharding import STORED, batch_sharding, make_mesh, param_shardings
 from andesvl_jax.training.train import init_state, train_step
 from andesvl_jax.weights import is_param
 
@@ -38,7 +40,12 @@ def run(text: str | None) -> dict:
     for batch in batches:
         state, metrics = step(state, batch, RUN.steps)
         losses.append(float(metrics["loss"]))
-    found = {"losses": losses, "collectives": by_kind(collectives(step.as_text()))}
+    found = {"losses": losses, "summed": 0, "moved": Counter()}
+    for c in collectives(step.as_text()):
+        if c.kind == "all-reduce":
+            found["summed"] += c.times * c.bytes
+        else:
+            found["moved"][f"{c.kind} {c.shape}"] += c.times
     if mesh is not None:
         found |= weights(mesh)
         stored = jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), state.params, param_shardings(CONFIG, mesh))
@@ -49,17 +56,16 @@ def run(text: str | None) -> dict:
 
 
 def weights(mesh) -> dict:
-    """Weights that are stored in parts over fsdp: how many a step has to gather (layer by layer) and their bytes."""
-    count = bytes_ = total = 0
+    """Weights that are stored in parts over fsdp or context: what a step has to gather of them, layer by layer."""
+    total, gathered = 0, Counter()
     description = jax.tree.leaves(describe(CONFIG), is_leaf=is_param)
     for param, at in zip(description, jax.tree.leaves(param_shardings(CONFIG, mesh)), strict=True):
-        cut_by_tensor = mesh.shape["tensor"] if "tensor" in at.spec else 1
-        size = 4 * math.prod(param.shape)
-        total += size
-        if "fsdp" in at.spec:
-            count += param.shape[0] if param.axes[0] == "layers" else 1
-            bytes_ += size // cut_by_tensor
-    return {"gathered": {"count": count, "bytes": bytes_}, "total_bytes": total}
+        total += 4 * math.prod(param.shape)
+        if any(axis in str(at.spec) for axis in STORED):
+            whole = [n // mesh.shape["tensor"] if part == "tensor" else n for n, part in zip(param.shape, at.spec, strict=True)]
+            layers, whole = (whole[0], [1, *whole[1:]]) if param.axes[0] == "layers" else (1, whole)
+            gathered[f"all-gather f32[{','.join(map(str, whole))}]"] += layers
+    return {"gathered": gathered, "total_bytes": total}
 
 
 print(json.dumps({text: run(None if text == "none" else text) for text in sys.argv[1:]}))

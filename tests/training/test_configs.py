@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 import andesvl_jax as avl
 from andesvl_jax.config import CONFIGS
 from andesvl_jax.training.config import load_config
-from andesvl_jax.training.sharding import MESH_AXES, check_rows, param_shardings
+from andesvl_jax.training.sharding import MESH_AXES, check_budget, param_shardings
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {name: ROOT / "configs" / f"{name}.py" for name in ("stages", "tpu")}
@@ -40,7 +40,7 @@ def test_every_shape_for_a_slice_divides_among_its_chips(name):
     mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES)
     layout = runpy.run_path(str(FILES["tpu"]))["TOPOLOGIES"][slice_name].partition(":")[2]
     assert mesh.size == int(slice_name.partition("-")[2]) == math.prod(map(int, layout.split("x")))
-    check_rows(config.budget, mesh)
+    check_budget(config.budget, mesh)
     param_shardings(config.model, mesh)
 
 

@@ -149,6 +149,13 @@ def test_sigterm_to_one_process_saves_on_all_and_resume_on_the_same_topology_is_
 
 
 @pytest.mark.slow
+def test_two_processes_that_share_every_row_have_the_losses_of_one(launch, alone, tmp_path):
+    done = launch(tmp_path / "run", 2, 4, "--mesh", "context=-1")
+    assert done.codes == [0, 0], "\n".join(text[-2500:] for text in done.errors)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
 def test_when_the_first_process_is_killed_the_other_says_so_too(launch, tmp_path):
     done = launch(tmp_path / "run", 2, 4, events={0: "SIGKILL@4"})
     assert done.codes == [-9, 75]
@@ -179,9 +186,9 @@ def test_a_checkpoint_that_is_broken_gives_way_in_all_processes(launch, alone, k
     np.testing.assert_allclose(losses(out), losses(alone), atol=1e-5, rtol=0)
 
 
-def mesh_of(order: list[int], data=1, fsdp=1, tensor=1):
+def mesh_of(order: list[int], data=1, fsdp=1, context=1, tensor=1):
     """A mesh whose devices belong to these processes, in its order."""
-    devices = np.array([SimpleNamespace(process_index=number) for number in order]).reshape(data, fsdp, tensor, 1)
+    devices = np.array([SimpleNamespace(process_index=number) for number in order]).reshape(data, fsdp, context, tensor)
     return SimpleNamespace(devices=devices, shape=dict(zip(MESH_AXES, devices.shape, strict=True)))
 
 
@@ -193,6 +200,7 @@ def mesh_of(order: list[int], data=1, fsdp=1, tensor=1):
         (mesh_of([0, 0, 1, 1], data=2, tensor=2), [(0, 2), (1, 2)]),
         (mesh_of([0, 1, 2, 3], data=2, tensor=2), [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor spans processes: the same rows
         (mesh_of([0, 1], tensor=2), [(0, 1), (0, 1)]),
+        (mesh_of([0, 0, 1, 1, 2, 2, 3, 3], fsdp=2, context=2, tensor=2), [(0, 2), (0, 2), (1, 2), (1, 2)]),  # so does context
     ],
 )
 def test_every_process_makes_the_rows_that_its_devices_hold(mesh, shares):
