@@ -72,7 +72,7 @@ CARD = Card(
     summary="Screens of HTML templates: naming what is in a box, finding what is named, and what to tap.",
     packages=tuple(template.package for template in TEMPLATES),
     held_out="Two other frameworks are never fetched, so that they stay unseen.",
-    questions=3_000,
+    questions=1_900,
 )
 WINDOWS = {"phone": (375, 720), "tablet": (768, 1024), "desktop": (1280, 800)}  # pixels
 THEMES = ("plain", "plain", "dark", "tinted")
@@ -80,7 +80,7 @@ SCROLLS = 3  # screens of a page in one window, at most
 SCROLL_BY = 0.85  # of the window's height
 SETTLE = 0.5  # seconds after loading
 REDRAW = 0.15  # seconds after a change
-ASKED = 12  # times that one text of a template is asked about
+ASKED = 48  # times that one text of a template is asked about
 COMMON = 0.3  # share of a template's pages from which on a text says nothing about one of them
 ALIKE = 0.5  # share of texts that two pages have in common if they go to one split
 SCRIPT = Path(__file__).with_name("screen.js")
@@ -96,26 +96,31 @@ def make(cache: Path, seed: int, side: int) -> Iterator[Item | LeftOut]:
 
 
 def items_of(browser: Browser, template: Template, files: Mapping[str, bytes], seed: int, side: int) -> Iterator[Item | LeftOut]:
-    """The pages of one template."""
+    """The pages of one template, those of training first."""
     name = template.package.name
     texts = {page: texts_of(data) for page, data in files.items() if is_page(template, page)}
     contents = {page: f"page {name}/{first}" for page, first in groups(texts).items()}
-    training = {text for page, found in texts.items() if split_of(contents[page]) == "train" for text in found}
     asked: Counter[tuple[str, str]] = Counter()
     met: dict[str, list[Widget]] = {split: [] for split in SPLITS}
-    for number, page in enumerate(sorted(texts)):
+    learned: set[bytes] = set()
+    order = sorted(texts, key=lambda page: (SPLITS.index(split_of(contents[page])), page))
+    for number, page in enumerate(order):
         rng = np.random.default_rng([seed, number])
         split = split_of(contents[page])
         count = 0
         for screen in screens(rng, browser, files, page, template.own_dark):
-            known = training if split == "validation" else frozenset()
-            for view in views(rng, _askable(screen, known, asked, split), side):
+            for view in views(rng, _askable(screen, asked, split), side):
                 turns = turns_about(rng, view, [pick(rng, met[split]) for _ in range(8) if met[split]])
+                picture = png(view.picture)
+                if split == "train":
+                    learned.add(picture)
+                elif picture in learned:  # a part that pages share, such as the end of a menu
+                    continue
                 met[split] += view.widgets
                 asked.update((split, widget.text) for widget in view.widgets)
                 keys = (f"package:{name}", f"page:{name}/{page}")
                 count += 1
-                yield Item(png(view.picture), turns, contents[page], split, keys)
+                yield Item(picture, turns, contents[page], split, keys)
         if not count:
             yield LeftOut(f"page:{name}/{page}", "pages without two widgets to ask about")
 
@@ -125,9 +130,9 @@ def is_page(template: Template, name: str) -> bool:
     return name.startswith(template.folder) and name.endswith(".html") and "/" not in name[len(template.folder) :]
 
 
-def _askable(screen: Screen, known: set[str] | frozenset[str], asked: Counter[tuple[str, str]], split: str) -> Screen:
+def _askable(screen: Screen, asked: Counter[tuple[str, str]], split: str) -> Screen:
     screen = nameable(screen)
-    widgets = tuple(w for w in screen.widgets if w.text.lower() not in known and asked[split, w.text] < ASKED)
+    widgets = tuple(w for w in screen.widgets if asked[split, w.text] < ASKED)
     return Screen(screen.picture, widgets, screen.texts)
 
 

@@ -23,8 +23,8 @@ SMALLEST_SCALE = 0.6  # of a crop: pages set most texts in 14 to 16 pixels
 LONGEST_TEXT = 40  # characters
 SYMBOLS = "\u2190"  # arrows, signs and emoji begin here, which no tokenizer of words should have to say
 INK = 48  # grey levels between the darkest and the lightest part of a widget that can be read
-VIEWS = 4  # crops of one screen
-TRIES = 12
+VIEWS = 10  # crops of one screen
+TRIES = 30
 MOST_WIDGETS = 1000  # of a screen; more are left out
 QUESTIONS = 4
 

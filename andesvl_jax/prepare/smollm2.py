@@ -97,7 +97,7 @@ def _config(reader: GGUFReader, path: Path, tokenizer: Tokenizer) -> AndesVLConf
         norm_eps=round(float(field("attention.layer_norm_rms_epsilon")), 9), qk_norm=False,
         max_position_embeddings=field("context_length"),
     )  # fmt: skip
-    return AndesVLConfig(vision=CONFIGS["nano"].vision, text=text, image_token_id=tokenizer.image_token_id)
+    return AndesVLConfig(vision=CONFIGS["pico"].vision, text=text, image_token_id=tokenizer.image_token_id)
 
 
 def _decoder(tensors: dict[str, Any], path: Path, text: TextConfig) -> Decoder:
