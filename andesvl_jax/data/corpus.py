@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from andesvl_jax.data.registry import TASKS, render
+from andesvl_jax.data.sources import open_source
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.tokenizer import ADDED_TOKENS, SPLIT_PATTERN
 
@@ -53,6 +54,18 @@ def corpus(seed: int, examples: int = EXAMPLES) -> Iterator[str]:
             text = lower_capital_runs(f"{turn.question}{answer}\n")
             # Added tokens are cut out before BPE ever sees a text, so their names must not cost entries.
             yield from (piece for piece in ADDED_NAME.split(text) if piece)
+
+
+def source_text(paths: Iterable[str], examples: int = EXAMPLES) -> Iterator[str]:
+    """Questions and answers of `examples` records of each file, spread evenly over it, added tokens cut out."""
+    for path in paths:
+        source = open_source(path)
+        for index in range(0, len(source), max(1, len(source) // examples)):
+            for message in source[index]:
+                content = message["content"]
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+                text = "".join(part["text"] for part in parts if part["type"] == "text")
+                yield from (piece for piece in ADDED_NAME.split(lower_capital_runs(f"{text}\n")) if piece)
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = VOCAB_SIZE) -> None:

@@ -13,6 +13,7 @@ __all__ = ["SPLITS", "TASKS", "WORDINGS", "in_validation", "render"]
 
 TASKS: dict[str, Callable[[np.random.Generator, str, int], Example]] = {
     "shapes": tasks_shapes.render_shapes,
+    "pair": tasks_shapes.render_pair,
     "word": tasks_text.render_word,
     "number": tasks_text.render_number,
     "handwritten": tasks_digits.render_handwritten,

@@ -57,6 +57,16 @@ class TarShard(Sequence[list[Message]]):
         except UserError as error:
             raise UserError(f"{self._path}: sample {index + 1} ({name[:80]}): {error}") from error
 
+    def record(self, index: int) -> dict[str, Any]:
+        """The `.json` member as it is, {} where there is none or it holds something else; no picture is decoded."""
+        members = self._samples[index][1]
+        text = self._read(members["json"], MAX_TEXT_BYTES, ".json") if "json" in members else b"{}"
+        try:
+            found = json.loads(text.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def _conversation(self, members: dict[str, Span]) -> list[Message]:
         texts = [ending for ending in ("json", "txt") if ending in members]
         if len(texts) != 1:

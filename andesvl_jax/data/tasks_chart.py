@@ -32,7 +32,14 @@ SHORTEST_WORDINGS = (
     "Name the lowest bar.",
     "Which colour has the lowest value?",
 )
-WORDINGS = {"chart": VALUE_WORDINGS + TALLEST_WORDINGS + SHORTEST_WORDINGS}
+BARS_WORDINGS = (
+    "List the bars from left to right.",
+    "Read the whole chart.",
+    "Give every bar with its value.",
+    "What are the colours and values, from the left?",
+    "Turn the chart into a list.",
+)
+WORDINGS = {"chart": VALUE_WORDINGS + TALLEST_WORDINGS + SHORTEST_WORDINGS, "bars": BARS_WORDINGS}
 BARS = 4
 VALUES = tuple(range(10, 100, 10))
 TOP_OF_AXIS = 100
@@ -87,7 +94,7 @@ def paint(rng: np.random.Generator, image: Image.Image, bars: tuple[Bar, ...]) -
 
 
 def turns_about(rng: np.random.Generator, bars: tuple[Bar, ...]) -> list[Turn]:
-    """The values of two bars, and the tallest or shortest bar where there is only one."""
+    """The values of two bars, the tallest or shortest bar where there is only one, and the whole chart."""
     turns = []
     for index in rng.permutation(len(bars))[:2].tolist():
         turns.append(Turn("chart", pick(rng, VALUE_WORDINGS).format(colour=bars[index].colour), str(bars[index].value)))
@@ -96,7 +103,8 @@ def turns_about(rng: np.random.Generator, bars: tuple[Bar, ...]) -> list[Turn]:
     if values.count(extreme(values)) == 1:
         turns.append(Turn("chart", pick(rng, wordings), bars[values.index(extreme(values))].colour))
     order = rng.permutation(len(turns)).tolist()
-    return [turns[index] for index in order]
+    listed = ", ".join(f"{bar.colour} {bar.value}" for bar in sorted(bars, key=lambda bar: bar.place))
+    return [turns[index] for index in order] + [Turn("bars", pick(rng, BARS_WORDINGS), listed)]
 
 
 def render_chart(rng: np.random.Generator, split: str, crowd: int) -> Example:

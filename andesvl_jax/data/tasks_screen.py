@@ -48,6 +48,13 @@ WORDINGS = {
         "How can I {purpose}?",
         "Show me where to tap to {purpose}.",
     ),
+    "labels": (
+        "List the labels from top to bottom.",
+        "Read the whole screen.",
+        "Which widgets are on the screen?",
+        "Name every widget, row by row.",
+        "What can be read on this screen?",
+    ),
 }
 PURPOSES = {
     "Save": ("keep my changes", "store this file"),
@@ -77,7 +84,7 @@ FONT, LABEL_SIZE, TITLE_SIZE = "DejaVuSans", 11, 10
 GAP = 3  # pixels between widgets
 STEP = 14  # pixels that rows are indented by
 WIDGETS = 4
-QUESTIONS = 4  # per screen: with the picture about 190 tokens
+QUESTIONS = 3  # per screen, beside the list of labels: with the picture about 180 tokens
 
 
 @dataclass(frozen=True)
@@ -247,15 +254,16 @@ PAINT: dict[str, Paint] = {
 
 
 def turns_about(rng: np.random.Generator, screen: tuple[Widget, ...], boxes: list[str]) -> list[Turn]:
-    """Four of six questions, two of each task about different widgets, in random order."""
+    """Three of six questions, two of each task about different widgets, in random order, and the list of labels."""
     turns = []
-    for task, wordings in WORDINGS.items():
+    for task in ("referring", "grounding", "screen_qa"):
         for index in rng.permutation(len(screen))[:2].tolist():
             label, box = screen[index].label, boxes[index]
-            question = pick(rng, wordings).format(label=label, box=box, purpose=pick(rng, PURPOSES[label]))
+            question = pick(rng, WORDINGS[task]).format(label=label, box=box, purpose=pick(rng, PURPOSES[label]))
             turns.append(Turn(task, question, label if task == "referring" else box))
     order = rng.permutation(len(turns)).tolist()
-    return [turns[index] for index in order[:QUESTIONS]]
+    listed = ", ".join(widget.label for widget in sorted(screen, key=lambda widget: (widget.row, widget.column)))
+    return [turns[index] for index in order[:QUESTIONS]] + [Turn("labels", pick(rng, WORDINGS["labels"]), listed)]
 
 
 def render_screen(rng: np.random.Generator, split: str, crowd: int) -> Example:

@@ -5,6 +5,7 @@ background are free. A cell is one visual token.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,12 +57,27 @@ WORDINGS = {
         "What are the coordinates of the {colour} {shape}?",
         "Find the {colour} {shape} and give its box.",
     ),
+    "shape": (
+        "Which shape is {colour}?",
+        "What shape is the {colour} thing?",
+        "Name the shape that is {colour}.",
+        "What is the {colour} thing?",
+        "Which shape has the colour {colour}?",
+    ),
+    "scene": (
+        "List the shapes from top left to bottom right.",
+        "What is in the picture, row by row?",
+        "Describe the picture.",
+        "Name every shape with its colour and place.",
+        "Say what you see, from the top down.",
+    ),
 }
 PLACES = {
     2: ("top left", "top right", "bottom left", "bottom right"),
     3: ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"),
 }  # by cells a side, row by row
 LARGEST_COUNT = MANY
+FEW = 3  # things of a small scene
 SMALLEST, LARGEST = 15, 24  # pixels
 ANGLES = (-14, -7, 0, 7, 14)  # degrees
 
@@ -121,23 +137,42 @@ def ask(rng: np.random.Generator, task: str, answer: str, thing: Thing | None = 
 
 
 def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str]) -> list[Turn]:
-    """Up to four questions, each about a thing that its wording identifies."""
+    """Up to five questions, each about a thing that its wording identifies, and the whole scene."""
     things = scene.things
     turns = [ask(rng, "count", str(len(things)))]
-    shapes = Counter(thing.shape for thing in things)
     kinds = Counter((thing.colour, thing.shape) for thing in things)
-    lone_shapes = [thing for thing in things if shapes[thing.shape] == 1]
     lone = [index for index, thing in enumerate(things) if kinds[thing.colour, thing.shape] == 1]
-    if lone_shapes:
-        thing = pick(rng, lone_shapes)
-        turns.append(ask(rng, "colour", thing.colour, thing))
+    for task, what in (("colour", "shape"), ("shape", "colour")):
+        if named := alone(things, what):
+            thing = pick(rng, named)
+            turns.append(ask(rng, task, getattr(thing, task), thing))
     if lone:
         thing = things[pick(rng, lone)]
         turns.append(ask(rng, "position", scene.place(thing), thing))
         index = pick(rng, lone)
         turns.append(ask(rng, "box", boxes[index], things[index]))
     order = rng.permutation(len(turns)).tolist()
-    return [turns[index] for index in order]
+    listed = ", ".join(f"{t.colour} {t.shape} {scene.place(t)}" for t in sorted(things, key=lambda thing: thing.cell))
+    return [turns[index] for index in order] + [ask(rng, "scene", listed)]  # last, where no other answer can lean on it
+
+
+def render_pair(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT) -> Example:
+    """A scene of one to three things, asked only for the shape of a colour and the colour of a shape: what binds the two."""
+    scene, content = draw_in_split(lambda rng: draw_scene(rng, min(crowd, FEW)), describe, rng, split)
+    length = side(scene.cells)
+    image = background(rng, length, length, neutral(rng))
+    for thing in scene.things:
+        paint(rng, scene.cells, thing, image)
+    turns = [ask(rng, "shape", thing.shape, thing) for thing in alone(scene.things, "colour")]
+    turns += [ask(rng, "colour", thing.colour, thing) for thing in alone(scene.things, "shape")]
+    turns = turns or [ask(rng, "count", str(len(scene.things)))]
+    return Example((pixels(image),), tuple(turns[i] for i in rng.permutation(len(turns)).tolist()), content)
+
+
+def alone(things: Sequence[Thing], what: str) -> list[Thing]:
+    """Those that share their colour, or shape, with no other."""
+    counts = Counter(getattr(thing, what) for thing in things)
+    return [thing for thing in things if counts[getattr(thing, what)] == 1]
 
 
 def render_shapes(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT) -> Example:

@@ -28,6 +28,10 @@ TASK_NAMES = {
     "referring",
     "grounding",
     "screen_qa",
+    "shape",
+    "scene",
+    "bars",
+    "labels",
 }
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 LARGEST_MAJORITY = {
@@ -42,6 +46,10 @@ LARGEST_MAJORITY = {
     "referring": 0.11,
     "grounding": 0.02,
     "screen_qa": 0.02,
+    "shape": 0.28,
+    "scene": 0.02,
+    "bars": 0.02,
+    "labels": 0.02,
 }
 
 
@@ -170,7 +178,7 @@ def test_shape_boxes_are_the_painted_pixels_and_lie_in_their_cell():
 
 
 def test_counts_and_colours_agree_with_the_content():
-    for example in examples("shapes", "train"):
+    for example in (*examples("shapes", "train"), *examples("pair", "train")):
         things = example.content.partition(": ")[2].split("; ")
         for turn in example.turns:
             if turn.task == "count":
@@ -178,9 +186,27 @@ def test_counts_and_colours_agree_with_the_content():
             if turn.task == "position":
                 named = [t for t in things if " ".join(t.split()[:2]) in turn.question]
                 assert [" ".join(t.split()[2:]) for t in named] == [turn.answer]
-            if turn.task == "colour":
-                named = [thing for thing in things if thing.split()[1] in turn.question]
-                assert [thing.split()[0] for thing in named] == [turn.answer]
+            if turn.task in ("colour", "shape"):
+                asked, given = (0, 1) if turn.task == "colour" else (1, 0)
+                named = [thing for thing in things if thing.split()[given] in turn.question]
+                assert [thing.split()[asked] for thing in named] == [turn.answer]
+
+
+def test_lists_name_everything_in_reading_order():
+    """A scene's and a chart's by their content, a screen's by the boxes that other answers give."""
+    for example in examples("shapes", "train"):
+        cells, _, things = example.content.removeprefix("shapes ").partition(": ")
+        (listed,) = [turn.answer.split(", ") for turn in example.turns if turn.task == "scene"]
+        places = [tasks_shapes.PLACES[int(cells)].index(" ".join(thing.split()[2:])) for thing in listed]
+        assert sorted(listed) == sorted(things.split("; ")) and places == sorted(places)
+        assert example.turns[-1].task == "scene"
+    for example in examples("chart", "train"):
+        assert sorted(example.turns[-1].answer.split(", ")) == example.content.removeprefix("chart ").split("; ")
+    for example in examples("screen", "train")[:300]:
+        listed = example.turns[-1].answer.split(", ")
+        boxes = {turn.answer: box_of(turn.question) for turn in example.turns if turn.task == "referring"}
+        order = sorted(boxes, key=lambda label: (round(boxes[label][1], -2), boxes[label][0]))
+        assert [label for label in listed if label in boxes] == order and len(listed) == tasks_screen.WIDGETS
 
 
 def test_widgets_are_painted_inside_their_boxes_and_apart():
@@ -202,7 +228,7 @@ def test_widgets_are_painted_inside_their_boxes_and_apart():
 def test_screen_answers_agree_with_each_other():
     for example in examples("screen", "train")[:300]:
         labels = dict.fromkeys(widget.split()[1] for widget in example.content.removeprefix("screen ").split("; "))
-        for turn in example.turns:
+        for turn in example.turns[:-1]:
             if turn.task == "referring":
                 label, box = turn.answer, box_of(turn.question)
             else:
@@ -231,7 +257,7 @@ def test_chart_answers_agree_with_the_content():
                 highest = any(word in turn.question for word in ("tallest", "largest", "highest"))
                 values = sorted((int(value), colour) for colour, value in bars.items())
                 assert turn.answer == values[-1 if highest else 0][1]
-            else:
+            elif turn.task == "chart":
                 (colour,) = [colour for colour in bars if colour in turn.question]
                 assert turn.answer == bars[colour]
 

@@ -14,6 +14,8 @@ LONG_TASKS: dict[str, Callable[[np.random.Generator, str, int], Plan]] = {
     "niah_single": retrieval.niah_single,
     "niah_multikey": retrieval.niah_multikey,
     "niah_multivalue": retrieval.niah_multivalue,
+    "echo": retrieval.echo,
+    "recite": retrieval.recite,
     "vt": retrieval.vt,
     "cwe": lists.cwe,
     "fwe": lists.fwe,

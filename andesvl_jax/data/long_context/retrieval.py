@@ -18,6 +18,16 @@ VARIABLES = "Read the notes. Some of them name variables."
 NAME_VARIABLES = ("Which variables have the value {}?", "Name all variables with the value {}.", "What variables equal {}?")
 PEOPLE = "Read the notes about people and their friends."
 FRIEND_LIVES = ("In which city does the friend of {} live?", "Where does the friend of {} live?", "Name the city of {}'s friend.")
+IN_ORDER = (
+    "List all keys with their codes, in the order of the notes.",
+    "Repeat every code with its key, from the first to the last.",
+)
+REVERSED = ("List all keys with their codes, the last one first.", "Repeat every code with its key, from the last to the first.")
+WORDS = "Read the notes. One of them is a row of words and numbers."
+FORWARDS = ("Repeat the row.", "Write the row down.", "What is the row of words and numbers?")
+BACKWARDS = ("Repeat the row backwards.", "Write the row down from its end.", "What is the row, read from the end?")
+MOST_ECHOED, ECHOED_EVERY = 16, 15  # words of echo; tokens of a context that make room for one
+MOST_RECITED, RECITED_EVERY = 5, 64  # codes of recite; tokens of a context that make room for one
 MOST_VALUES = 4  # of a key of niah_multivalue
 MOST_LINKS = 3  # assignments of vt between a number and the last variable that has it
 MOST_FACTS = 500  # that are not asked for; noise follows them, for words run out
@@ -59,6 +69,34 @@ def niah_multivalue(rng: np.random.Generator, split: str, tokens: int) -> Lines:
         yield from _noise(rng)
 
     return Lines("niah_multivalue", CODES, _asked_codes(rng, facts, CODES_OF), others(), rng)
+
+
+def recite(rng: np.random.Generator, split: str, tokens: int) -> Lines:
+    """As niah_single, but all keys with their codes are listed, once forwards and once backwards."""
+    taken: set[str] = set()
+    facts = [_code(rng, split, taken, noun) for _ in range(min(MOST_RECITED, max(2, tokens // RECITED_EVERY)))]
+    pairs = [" ".join(words) for words, _ in facts]
+    lines, fact = tuple(line for fact in facts for line in _code_lines(fact)), "; ".join(fact for _, fact in facts)
+    asked = [
+        Asked(pick(rng, IN_ORDER), ", ".join(pairs), lines, spread(rng, [len(facts)])[0], fact),
+        Asked(pick(rng, REVERSED), ", ".join(reversed(pairs)), (), (), fact),
+    ]
+    return Lines("recite", CODES, asked, _noise(rng), rng)
+
+
+def echo(rng: np.random.Generator, split: str, tokens: int) -> Lines:
+    """A row of words and numbers among noise, to be repeated forwards and backwards: copying, with nothing to look up."""
+
+    def draw(rng: np.random.Generator) -> tuple[str, ...]:
+        length = min(MOST_ECHOED, max(4, tokens // ECHOED_EVERY))
+        return tuple(noun(rng) if rng.random() < 0.6 else str(rng.integers(10, 100)) for _ in range(length))
+
+    words, row = draw_in_split(draw, " ".join, rng, split)
+    asked = [
+        Asked(pick(rng, FORWARDS), row, (row,), (float(rng.random()),), row),
+        Asked(pick(rng, BACKWARDS), " ".join(reversed(words)), (), (), row),
+    ]
+    return Lines("echo", WORDS, asked, _noise(rng), rng)
 
 
 def vt(rng: np.random.Generator, split: str, tokens: int) -> Lines:
