@@ -17,6 +17,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 from andesvl_jax.errors import UserError, explained
 
+LONG_TOKENS = [256, 512, 1024]
+RETRIEVAL_TOKENS = [2048]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns 0; 1 when `aot` finds that a step does not fit; after a sentence on standard error 2 for wrong
@@ -45,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return sub
 
-    demo = verb("demo", _demo, "train nano, question it, compress its cache and weights, export it, write a report")
+    demo = verb("demo", _demo, "train a small model; question, compress and export the one that ships; write a report")
     demo.add_argument("--out", default="out/demo", help="run directory (default: %(default)s)")
     demo.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the training configuration"
@@ -53,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = verb("chat", _chat, "ask a model about pictures")
     chat.add_argument("question", help="may hold <image> marks for the places of the pictures; without marks they come first")
-    chat.add_argument("--model", required=True, help="checkpoint directory, or a hub id owner/name")
+    chat.add_argument("--model", required=True, help="checkpoint directory, a hub id owner/name, or one that ships: nano")
     chat.add_argument("--revision", help="branch, tag or commit of a hub id")
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     chat.add_argument("--system", help="system message")
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sizing(info)
 
     train = verb("train", _train, "train a model")
-    train.add_argument("--config", required=True, help="Python file with get_config(), e.g. configs/nano_demo.py")
+    train.add_argument("--config", required=True, help="Python file with get_config(), e.g. configs/demo.py")
     train.add_argument("--out", required=True, help="run directory")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field, e.g. optimizer.decoder=1e-3"
@@ -110,12 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled controls")
-    evaluate.add_argument("--model", required=True, help="checkpoint directory")
+    evaluate.add_argument("--model", required=True, help="checkpoint directory, a hub id, or one that ships: nano")
     evaluate.add_argument("--benchmark", default="nano-val", choices=("nano-val", "long", "perplexity"))
     evaluate.add_argument("--task", nargs="+", metavar="NAME", help="long: families, e.g. vt pages (default: those of text)")
     evaluate.add_argument(
-        "--tokens", nargs="+", type=int, default=[256, 512, 1024], help="long: lengths of the prompts (default: %(default)s)"
+        "--tokens",
+        nargs="+",
+        type=int,
+        help=f"lengths of the prompts of long-context questions (default: {RETRIEVAL_TOKENS}; long: {LONG_TOKENS})",
     )
+    evaluate.add_argument("--real", metavar="DIR", help="nano-val: ask about the real pictures of `prepare real --out DIR` too")
     _add_sizing(evaluate)
     evaluate.add_argument("--per-task", type=int, default=200, help="questions of each task (default: %(default)s)")
     evaluate.add_argument("--kv-policy")
@@ -138,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verb("bench", _bench, "time this network beside the same network in PyTorch")
     bench.add_argument("name", choices=("decode", "full_size", "train_step", "vision"))
-    bench.add_argument("--config", help="a configuration by name (default: andesvl-0.6b; train_step: nano, vision: andesvl-1b)")
+    bench.add_argument("--config", help="a configuration by name (default: andesvl-0.6b; train_step: pico, vision: andesvl-1b)")
 
     aot = verb("aot", _aot, "what a configuration's steps cost on a TPU slice that is not attached; exit code 1: it does not fit")
     aot.add_argument("--config", required=True, help="as for train, e.g. configs/tpu.py:andesvl-1b/v5e-16/4096")
@@ -274,8 +281,8 @@ def _train(args) -> dict[str, Any]:
 
 
 def _evaluate(args) -> dict[str, Any]:
-    from andesvl_jax.evaluation.benchmarks import nano_validation
-    from andesvl_jax.evaluation.evaluate import as_json, evaluate, evaluate_long
+    from andesvl_jax.evaluation.benchmarks import nano_validation, real_validation
+    from andesvl_jax.evaluation.evaluate import LONG_ANSWER, RETRIEVAL, as_json, evaluate, evaluate_long
     from andesvl_jax.evaluation.report import depth_table, results_table
     from andesvl_jax.evaluation.scorers import wilson
 
@@ -285,9 +292,13 @@ def _evaluate(args) -> dict[str, Any]:
     bundle = _load(args.model, max_size=args.max_size, image_preset=args.image_preset, decode_only=True)
     eviction = {"kv_policy": args.kv_policy, "kv_budget": args.kv_budget}
     if args.benchmark == "long":
-        results = evaluate_long(bundle, args.task, args.tokens, args.per_task, **eviction)
+        results = evaluate_long(bundle, args.task, args.tokens or LONG_TOKENS, args.per_task, **eviction)
     else:
-        results = evaluate(bundle, nano_validation(args.per_task), **eviction)
+        real = [] if args.real is None else real_validation(args.real, args.per_task)
+        results = evaluate(bundle, nano_validation(args.per_task) + real, **eviction)
+        room = bundle.config.text.max_position_embeddings - LONG_ANSWER
+        tokens = args.tokens or [tokens for tokens in RETRIEVAL_TOKENS if tokens <= room]
+        results |= evaluate_long(bundle, RETRIEVAL, tokens, args.per_task, **eviction)
     print(results_table(results))
     if args.benchmark == "long":
         print(depth_table(results))

@@ -1,4 +1,4 @@
-"""Frozen configurations of the network: the four released sizes, `nano`, and the reader and writer of HF `config.json`.
+"""Frozen configurations of the network: the four released sizes, three small ones of this project, HF `config.json` in and out.
 
 Sources: public config of OPPOer/AndesVL-2B-Instruct (text_config, vision_config), the public Qwen3 configs, and the
 parameter counts of arXiv 2510.11496. Values the releases do not publish are marked "inferred" beside the field.
@@ -190,6 +190,23 @@ CONFIGS: dict[str, AndesVLConfig] = {
     "andesvl-2b": AndesVLConfig(text=QWEN3_1_7B),
     "andesvl-4b": AndesVLConfig(text=QWEN3_4B),
     "nano": AndesVLConfig(
+        vision=VisionConfig(hidden_size=192, intermediate_size=528, num_layers=6, num_heads=3, table_side=8),
+        text=TextConfig(
+            vocab_size=6144, hidden_size=256, intermediate_size=704, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=64,
+            rope_theta=1e4, max_position_embeddings=4096,
+        ),
+    ),
+    "nano-siglip": AndesVLConfig(
+        vision=VisionConfig(
+            family="siglip2", hidden_size=128, intermediate_size=512, num_layers=5, num_heads=2, table_side=8, norm_eps=1e-6,
+            hidden_act="gelu_pytorch_tanh", qkv_bias=True, use_bias=True,
+        ),
+        text=TextConfig(
+            vocab_size=6144, hidden_size=192, intermediate_size=512, num_layers=5, num_heads=3, num_kv_heads=1, head_dim=64,
+            rope_theta=1e4, max_position_embeddings=4096,
+        ),
+    ),
+    "pico": AndesVLConfig(
         vision=VisionConfig(hidden_size=128, intermediate_size=352, num_layers=3, num_heads=4, table_side=8),
         text=TextConfig(
             vocab_size=4122, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,

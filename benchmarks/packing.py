@@ -7,26 +7,29 @@ Command:
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file, however it is run
+from pipeline import mixtures
+
 from andesvl_jax.data.best_fit import next_row
 from andesvl_jax.data.corpus import corpus, train_tokenizer
 from andesvl_jax.data.pipeline import LOOK_AHEAD, samples_of
-from andesvl_jax.demo import STAGES
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import sizes
 from andesvl_jax.inputs.tokenizer import Tokenizer
+from andesvl_jax.training.config import TrainConfig
 
 Sizes = tuple[int, ...]
 LONGEST = 4096  # tokens of a conversation of the heavy-tailed mixture
 
 
-def demo_stream(stage: str, tokenizer: Tokenizer) -> Iterator[Sizes]:
-    config = STAGES[stage]
+def mixed_stream(config: TrainConfig, tokenizer: Tokenizer) -> Iterator[Sizes]:
     processor = ImageProcessor.from_hf({"min_tokens": config.min_tokens}, config.model.vision, max_size=config.max_size)
     samples = samples_of(config.data, tokenizer, processor)
     return (sizes([samples[i]]) for i in itertools.count())
@@ -67,8 +70,7 @@ def main() -> None:
         train_tokenizer(corpus(0), Path(folder) / "tokenizer.json")
         tokenizer = Tokenizer.load(folder)
     cases = [
-        (f"demo: {name}", lambda name=name: demo_stream(name, tokenizer), STAGES[name].budget.sizes)
-        for name in ("one thing", "everything")
+        (name, lambda config=config: mixed_stream(config, tokenizer), config.budget.sizes) for name, config in mixtures().items()
     ] + [
         (f"heavy-tailed, rows of {tokens:,}", heavy_stream, (tokens, 2 * tokens, tokens // 2)) for tokens in (4096, 8192, 16384)
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """One optimizer step of the whole network beside the same network in PyTorch on CPU: packed rows, pictures, float32.
 
-Run: `python benchmarks/train_step.py --config nano` (or `33m`), or `make bench` for everything.
+Run: `python benchmarks/train_step.py --config pico` (or `33m`), or `make bench` for everything.
 """
 
 import copy
@@ -41,7 +41,7 @@ AGREEING_STEPS = 5  # before timing; the rate of the first one is 0, so losses p
 IMAGE_TOKEN = 1
 
 
-def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
+def run(config_name: str = "pico", quick: bool = False) -> dict[str, Any]:
     """Times training steps of both sides in turns and returns {"name", "rows"}.
 
     Raises:
@@ -51,7 +51,7 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
 
     config = timing.config_by_name(config_name, SIZES).replace(image_token_id=IMAGE_TOKEN)
     rows, runs = (2, 2) if quick else (16, 7)
-    batch = packed_batch(config, rows) if config_name == "nano" else packed_batch(config, rows // 2, pairs=2)  # as many tokens
+    batch = packed_batch(config, rows) if config_name == "pico" else packed_batch(config, rows // 2, pairs=2)  # as many tokens
     state = init_state(TrainConfig(model=config, optimizer=OPTIMIZER, steps=SCHEDULE_STEPS))
     network = peer.Network(config, params_to_hf(state.params, config))
     torch_batch = peer.TorchBatch(config, batch)
@@ -102,7 +102,7 @@ def run(config_name: str = "nano", quick: bool = False) -> dict[str, Any]:
 
 
 def packed_batch(config: AndesVLConfig, rows: int, pairs: int = 1) -> Batch:
-    """Rows of `pairs` times two conversations, each about a picture of noise; with one, the shape of nano's training batches."""
+    """Rows of `pairs` times two conversations, each about a picture of noise; with one, the shape of pico's training batches."""
     rng = np.random.default_rng(0)
     packed = [[_conversation(config, rng, grid) for grid in GRIDS * pairs] for _ in range(rows)]
     budget = Budget(rows, tokens=224 * pairs, patches=160 * pairs, targets=96 * pairs)
@@ -119,4 +119,4 @@ def _conversation(config: AndesVLConfig, rng: np.random.Generator, grid: tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(timing.main(run, "nano", __doc__.splitlines()[0]))
+    sys.exit(timing.main(run, "pico", __doc__.splitlines()[0]))

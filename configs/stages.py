@@ -24,55 +24,93 @@ class Stage:
     max_size: int
     tokens: int
     steps: int
-    rows: int  # with tokens: about a million tokens an update
+    rows: int
+    patches: int
+    targets: int
     resize: str = "none"
+    final_fraction: float = 0.02  # of the rates, where the stage ends
 
 
-RELEASED = {
-    "alignment": Stage((0, 1e-3, 0), 448, 4096, 2_000, 256),
-    "joint": Stage((1e-5, 1e-4, 5e-5), 733, 4096, 20_000, 256, resize="slight"),
-    "multi-task": Stage((1e-5, 5e-5, 5e-5), 1792, 16384, 10_000, 64, resize="wide"),
-    "sft": Stage((2e-6, 1e-5, 1e-5), 1792, 16384, 5_000, 64, resize="slight"),
+RELEASED = {  # rows times tokens: about a million tokens an update
+    "alignment": Stage((0, 1e-3, 0), 448, 4096, 2_000, 256, 8192, 2048),
+    "joint": Stage((1e-5, 1e-4, 5e-5), 733, 4096, 20_000, 256, 8192, 2048, "slight"),
+    "multi-task": Stage((1e-5, 5e-5, 5e-5), 1792, 16384, 10_000, 64, 32768, 8192, "wide"),
+    "sft": Stage((2e-6, 1e-5, 1e-5), 1792, 16384, 5_000, 64, 32768, 8192, "slight"),
 }
-# `nano` begins with nothing, so that its encoder learns from the first stage on
+# `nano` begins with nothing, so that its encoder learns from the first stage on; rates fall to the end only in the last stage
 NANO = {
-    "alignment": Stage((1.5e-3, 1.5e-3, 1.5e-3), 140, 224, 320, 6),
-    "joint": Stage((1.5e-3, 1.5e-3, 1.5e-3), 140, 224, 640, 6),
-    "multi-task": Stage((1e-3, 1e-3, 1e-3), 140, 224, 640, 6),
-    "sft": Stage((5e-4, 5e-4, 5e-4), 140, 224, 320, 6),
+    "alignment": Stage((1e-3,) * 3, 140, 256, 1_000, 6, 160, 112, final_fraction=0.5),
+    "joint": Stage((1e-3,) * 3, 140, 256, 3_500, 6, 160, 112, final_fraction=0.5),
+    "multi-task": Stage((1e-3,) * 3, 140, 512, 4_000, 3, 320, 256, final_fraction=0.5),
+    "sft": Stage((8e-4,) * 3, 140, 512, 2_300, 3, 320, 256),
 }
+REAL = "out/real"  # folder of `andesvl prepare real`
+_READING = {"word": 1.0, "number": 1.0, "handwritten": 1.0}
+_RENDERED = {"shapes": 3.0, "word": 1.0, "number": 0.5, "handwritten": 1.0, "chart": 1.0, "screen": 1.0}
+_REAL = {"emoji": 0.7, "icons": 0.4, "flags": 0.4, "stamps": 0.5, "maps": 0.6, "ocr": 0.5, "charts": 0.4}
+_TEXT = {
+    "niah_single": 0.5, "niah_multikey": 0.2, "niah_multivalue": 0.15, "vt": 0.15, "cwe": 0.05, "fwe": 0.05, "qa_two_hop": 0.15,
+    "dialogue": 0.15,
+}  # fmt: skip
+
+
+def _long(tokens: int, share: float = 1.0) -> dict[str, float]:
+    return {f"{family}@{tokens}": share * weight for family, weight in _TEXT.items()}
+
+
+def _real(share: float) -> dict[str, float]:
+    return {source: share * weight for source, weight in _REAL.items()}
+
+
 NANO_DATA = {
-    "alignment": {"word": 1.0},
-    "joint": {"word": 1.0, "number": 2.0, "handwritten": 3.0},
-    "multi-task": {"shapes": 1.0, "word": 0.3, "handwritten": 0.3, "chart": 0.2},
-    "sft": {"shapes": 2.0, "word": 1.0, "number": 0.6, "handwritten": 1.5, "chart": 1.0, "screen": 1.0},
+    "alignment": _READING,
+    "joint": _RENDERED | _REAL | _long(256),
+    # what binds a question to a place: colours to shapes, lists of all there is, rows to repeat, look-ups that a guess often hits
+    "multi-task": _RENDERED | {"pair": 5.0, "shapes": 2.0} | _real(0.3) | {"echo@128": 1.0, "niah_single@128": 0.6},
+    "sft": _RENDERED | {"pair": 1.5, "shapes": 3.5, "chart": 1.5, "screen": 1.5} | _real(0.5) | {"gui": 0.7} | _long(256, 0.3)
+    | {"echo@128": 0.3, "recite@128": 0.2, "niah_single@128": 0.8},
+}  # fmt: skip
+NANO_STEPS = {
+    "nano": {name: stage.steps for name, stage in NANO.items()},
+    "nano-siglip": {"alignment": 500, "joint": 1_500, "multi-task": 2_500, "sft": 1_500},
 }
+RAMPS = {"joint": 4_000, "multi-task": 2_500}  # examples of a family over which its pictures fill up
 
 
 def released(model: str, stage: Stage) -> TrainConfig:
     """A stage of a released size: bfloat16 over float32 parameters, layers recomputed, everything spread over all devices."""
     return TrainConfig(
         model=CONFIGS[model].replace(dtype="bfloat16", remat="layer"), mesh="fsdp=-1", data=Mixture(resize=stage.resize),
-        budget=Budget(stage.rows, stage.tokens, patches=2 * stage.tokens, targets=stage.tokens // 2), max_size=stage.max_size,
+        budget=_budget(stage), max_size=stage.max_size,
         optimizer=_optimizer(stage, warmup_steps=stage.steps // 50, weight_decay=0.05, clip_norm=1.0), steps=stage.steps,
     )  # fmt: skip
 
 
-def nano(name: str) -> TrainConfig:
-    """A stage that a laptop runs in a minute or two."""
-    stage = NANO[name]
+def nano(model: str, name: str) -> TrainConfig:
+    """A stage of a model that ships, see experiments/nano.py."""
+    stage, weights = replace(NANO[name], steps=NANO_STEPS[model][name]), NANO_DATA[name]
+    files = {source: f"{REAL}/{source}/train.tar" for source in weights if source in (*_REAL, "gui")}
     return TrainConfig(
-        budget=Budget(stage.rows, stage.tokens, patches=112, targets=96), max_size=stage.max_size, min_tokens=1,
-        data=Mixture(NANO_DATA[name]), loss_average="square", optimizer=_optimizer(stage), steps=stage.steps,
+        model=CONFIGS[model], budget=_budget(stage), max_size=stage.max_size, min_tokens=1,
+        data=Mixture(weights, files=files, ramp=RAMPS.get(name, 0), seed=list(NANO).index(name)),
+        loss_average="square", optimizer=_optimizer(stage, warmup_steps=40), steps=stage.steps, checkpoint_every=500,
     )  # fmt: skip
 
 
+def _budget(stage: Stage) -> Budget:
+    return Budget(stage.rows, stage.tokens, stage.patches, stage.targets)
+
+
 def _optimizer(stage: Stage, **options) -> Optimizer:
-    return replace(Optimizer(**dict(zip(PARTS, stage.rates, strict=True))), **options)
+    rates = dict(zip(PARTS, stage.rates, strict=True))
+    return replace(Optimizer(**rates), final_fraction=stage.final_fraction, **options)
 
 
-ALL = {f"nano/{name}": nano(name) for name in NANO} | {
-    f"{model}/{name}": released(model, stage) for model in CONFIGS if model != "nano" for name, stage in RELEASED.items()
+ALL = {f"{model}/{name}": nano(model, name) for model in NANO_STEPS for name in NANO} | {
+    f"{model}/{name}": released(model, stage)
+    for model in CONFIGS
+    if model.startswith("andesvl")
+    for name, stage in RELEASED.items()
 }
 
 
@@ -85,9 +123,10 @@ def table() -> str:
     head = ("model", "stage", "trained", "peak rates: encoder, projector, decoder", "largest picture", "tokens of a row",
             "patches of a row", "rows", "steps")  # fmt: skip
     lines = []
-    for model, stages in (("nano", NANO), ("0.6B, 1B, 2B, 4B", RELEASED)):
+    models = {"nano": ("nano", NANO), "nano-siglip": ("nano-siglip", NANO), "0.6B, 1B, 2B, 4B": ("andesvl-1b", RELEASED)}
+    for model, (example, stages) in models.items():
         for name, stage in stages.items():
-            config = ALL[f"{'nano' if model == 'nano' else 'andesvl-1b'}/{name}"]
+            config = ALL[f"{example}/{name}"]
             trained = [p for p in PARTS if getattr(config.optimizer, p)]
             rates = ", ".join(f"{getattr(config.optimizer, p):g}" for p in PARTS)
             budget = config.budget

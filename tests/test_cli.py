@@ -147,7 +147,7 @@ def test_wrong_options_of_decoding(model, capsys):
 
 
 def test_an_empty_dataset_and_a_missing_config(tmp_path, capsys):
-    arguments = ["train", "--config", "configs/nano_demo.py", "--out", str(tmp_path / "run")]
+    arguments = ["train", "--config", "configs/demo.py", "--out", str(tmp_path / "run")]
     assert_refused(main([*arguments, "--set", "data.weights={}"]), capsys, "the dataset is empty")
     assert_refused(main(["train", "--config", "none.py", "--out", str(tmp_path)]), capsys, "none.py")
 
@@ -222,9 +222,9 @@ def test_bench_prints_the_rows_of_its_script_and_needs_a_checkout(tmp_path, monk
     (tmp_path / "benchmarks" / "decode.py").write_text(script)
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "andesvl_jax" / "cli.py"))
     monkeypatch.setattr("sys.path", list(sys.path))
-    assert main(["bench", "decode", "--config", "nano", "--json"]) == 0
+    assert main(["bench", "decode", "--config", "pico", "--json"]) == 0
     text, last = capsys.readouterr().out.splitlines()
-    assert json.loads(last) == {"name": "decode nano", "rows": rows} and text == "what decode  value 7.0  unit tokens/s"
+    assert json.loads(last) == {"name": "decode pico", "rows": rows} and text == "what decode  value 7.0  unit tokens/s"
     assert_refused(main(["bench", "train_step"]), capsys, "train_step.py")
 
 

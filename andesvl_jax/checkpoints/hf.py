@@ -32,7 +32,8 @@ def load(
     """Reads a checkpoint in the HF layout: safetensors or PyTorch files, single or in shards with their index.
 
     Args:
-      path: a directory, or a hub id such as "OPPOer/AndesVL-1B-Instruct", which is downloaded (at `revision`, if given).
+      path: a directory, a name that ships ("nano"), or a hub id such as "OPPOer/AndesVL-1B-Instruct", which is downloaded (at
+        `revision`, if given).
       dtype: type of weights and compute, "float32" or "bfloat16"; stored weights are cast to it one by one.
       max_size: square root of the pixel budget of a picture, 733 if None. image_token_id: for a directory without a tokenizer
         whose config.json does not give it.

@@ -11,6 +11,7 @@ from typing import Any, Sequence
 import jax
 import jax.numpy as jnp
 
+from andesvl_jax.checkpoints.hub import shipped_directory
 from andesvl_jax.checkpoints.json_file import read_json
 from andesvl_jax.checkpoints.names import entries
 from andesvl_jax.checkpoints.reading import stored_tensors
@@ -72,7 +73,7 @@ def describe_checkpoint(
     Raises:
       UserError: an unknown name, a damaged file, or a picture that cannot be processed.
     """
-    directory = Path(model)
+    directory = shipped_directory(model) or Path(model)
     raw_processor: dict[str, Any] = {}
     tensors: dict[str, int] | None = None
     on_disk: int | None = None

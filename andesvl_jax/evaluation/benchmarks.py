@@ -3,14 +3,22 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from andesvl_jax.data.long_context.layout import Count
 from andesvl_jax.data.long_context.registry import LENGTH_MARK, render_long
 from andesvl_jax.data.registry import TASKS, WORDINGS, render
+from andesvl_jax.data.tar import TarShard
+from andesvl_jax.errors import UserError
+from andesvl_jax.inputs.chat import Message
 
 VALIDATION_SEED = 20_000
+NANO_TARGETS = {  # accuracies that `nano` is meant to reach; every rendered task also 0.3 above blind
+    "count": 0.95, "colour": 0.95, "position": 0.95, "word": 0.9, "handwritten": 0.95, "gui/grounding": 0.6,
+    "niah_single@2048": 0.95,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,13 @@ class Item:
     context: str = ""
     tokens: int = 0
     depths: tuple[float, ...] = ()
+    source: str = ""  # of real pictures
 
     @property
     def row(self) -> str:
         """The name of the row of the results table it counts in."""
-        return f"{self.task}{LENGTH_MARK}{self.tokens}" if self.tokens else self.task
+        name = f"{self.source}/{self.task}" if self.source else self.task
+        return f"{name}{LENGTH_MARK}{self.tokens}" if self.tokens else name
 
 
 def nano_validation(per_task: int, seed: int = VALIDATION_SEED) -> list[Item]:
@@ -51,6 +61,38 @@ def nano_validation(per_task: int, seed: int = VALIDATION_SEED) -> list[Item]:
             if index > 20 and all(len(found[task]) >= per_task for task in tasks):
                 break
     return [item for items in found.values() for item in items]
+
+
+def real_validation(folder: str | Path, per_task: int, seed: int = VALIDATION_SEED) -> list[Item]:
+    """Up to `per_task` questions of every task of the sources below `folder` (`andesvl prepare real`), one a task and picture.
+
+    Raises UserError for a folder without such a source, or a source that is damaged.
+    """
+    shards = sorted(Path(folder).glob("*/validation.tar"))
+    if not shards:
+        raise UserError(f"{folder}: found no SOURCE/validation.tar, expected the --out of andesvl prepare real.")
+    found: dict[tuple[str, str], list[Item]] = {}
+    for path in shards:
+        shard, source = TarShard(path), path.parent.name
+        for index in np.random.default_rng(seed).permutation(len(shard)).tolist():
+            tasks = shard.record(index).get("tasks")
+            if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+                raise UserError(f"{path}: sample {index + 1} names no tasks, expected the --out of andesvl prepare real.")
+            wanted = {task for task in tasks if len(found.setdefault((source, task), [])) < per_task}
+            for task, item in zip(tasks, _items(shard[index], source, tasks) if wanted else (), strict=False):
+                if task in wanted:
+                    found[source, task].append(item)
+                    wanted.remove(task)  # the next picture
+    return [item for items in found.values() for item in items]
+
+
+def _items(messages: Sequence[Message], source: str, tasks: Sequence[str]) -> list[Item]:
+    """The turns of a conversation about its pictures, each as a question of its own."""
+    parts = [part for message in messages for part in message["content"]]
+    images = tuple(np.asarray(part["image"]) for part in parts if part["type"] == "image")
+    texts = ["".join(part["text"] for part in message["content"] if part["type"] == "text") for message in messages]
+    turns = zip(tasks, texts[::2], texts[1::2], strict=True)
+    return [Item(task, images, question, answer, source=source) for task, question, answer in turns]
 
 
 def long_validation(families: Sequence[str], tokens: int, per_task: int, count: Count, seed: int = VALIDATION_SEED) -> list[Item]:

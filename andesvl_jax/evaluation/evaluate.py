@@ -18,6 +18,7 @@ VARIANTS = ("accuracy", "blind", "shuffled")
 BATCH_SIZE = 64  # rows
 BATCH_TOKENS = 16_384  # of the prompts of a batch, where they are long
 LONG_ANSWER = 48  # tokens; the longest answer has fewer in a vocabulary of 4,096
+RETRIEVAL = ("niah_single",)  # long-context families of nano's benchmark
 DEPTHS = 4  # equal parts of a context that results are shown for
 
 

@@ -8,7 +8,15 @@ import re
 
 Box = tuple[int, int, int, int]
 _BOX = re.compile(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)")
-BOX_TASKS = ("box",)  # objects: intersection over union at least one half
+BOX_TASKS = (
+    "box",
+    "emoji_place_box",
+    "flag_place_box",
+    "icon_place_box",
+    "stamp_place_box",
+    "map_box",
+    "ocr_where",
+)  # objects: intersection over union at least one half
 CENTRE_TASKS = ("grounding", "screen_qa")  # widgets: a tap on the centre of the predicted box hits
 FOUND_TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe", "fwe", "qa_two_hop")
 FACT_TASKS = ("dialogue",)
@@ -31,13 +39,13 @@ def fact_score(predicted: str, truth: str) -> float:
 
 
 def correct(task: str, predicted: str, truth: str) -> bool:
-    """Text answers match but for case and surrounding white space; boxes by IoU >= 0.5 or by their centre."""
+    """Text answers match but for case and white space; boxes by IoU >= 0.5 or by their centre."""
     if task in BOX_TASKS or task in CENTRE_TASKS:
         guess, target = parse_box(predicted), parse_box(truth)
         if guess is None or target is None:
             return False
         return iou(guess, target) >= 0.5 if task in BOX_TASKS else inside(centre(guess), target)
-    return predicted.strip().casefold() == truth.strip().casefold()
+    return " ".join(predicted.split()).casefold() == " ".join(truth.split()).casefold()
 
 
 def parse_box(text: str) -> Box | None:

@@ -35,7 +35,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    model: AndesVLConfig = CONFIGS["nano"]
+    model: AndesVLConfig = CONFIGS["pico"]
     init_from: str | None = None  # checkpoint directory to start from
     tokenizer: str | None = None  # directory with tokenizer.json; None: that of init_from
     data: Mixture = field(default_factory=Mixture)

@@ -84,7 +84,7 @@ def test_table_shows_every_row(module):
         timing.row("difference", 1.2e-6, "nats"),
         timing.row("tokens", 2048, "tokens"),
     ]
-    text = timing.table({"name": "decode nano", "rows": rows})
+    text = timing.table({"name": "decode pico", "rows": rows})
     assert re.search(r"speed +12\.5 +10\.0 tokens/s +1\.25", text)
     assert re.search(r"difference +1\.20e-06 +nats", text)
     assert re.search(r"tokens +2,048 +tokens", text)
@@ -101,12 +101,12 @@ def test_missing_torch_is_a_sentence(module, monkeypatch):
     with pytest.raises(UserError, match="make bench"):
         module("peer")
     with pytest.raises(UserError, match="make bench"):
-        module("decode").run("nano", quick=True)
+        module("decode").run("pico", quick=True)
 
 
 def test_packed_batch_has_full_rows(module):
     train_step = module("train_step")
-    batch = train_step.packed_batch(CONFIGS["nano"], rows=2)
+    batch = train_step.packed_batch(CONFIGS["pico"], rows=2)
     assert batch.tokens.shape == (2, 224)
     assert (batch.visual_index >= 0).sum(axis=1).tolist() == [36, 36]  # (8*8 + 8*10) / 4
     assert (batch.target_slots >= 0).sum(axis=1).tolist() == [60, 60]
@@ -126,8 +126,8 @@ def test_bytes_per_token_counts_weights_and_cache(module):
 def test_a_random_checkpoint_is_written_loaded_and_questioned(module, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    rows = {row["what"]: row["value"] for row in module("full_size").run("nano", quick=True)["rows"]}
-    assert rows["parameters in memory"] * 2**30 == 2 * count(describe(CONFIGS["nano"]))
+    rows = {row["what"]: row["value"] for row in module("full_size").run("pico", quick=True)["rows"]}
+    assert rows["parameters in memory"] * 2**30 == 2 * count(describe(CONFIGS["pico"]))
     assert rows["visual tokens of the picture"] == 25 and rows["prefill of 89 tokens"] > 0 and rows["decode"] > 0
     assert rows["peak memory before loading"] <= rows["peak memory of loading"] <= rows["peak memory of decoding"]
     assert not any(tmp_path.iterdir())

@@ -61,5 +61,7 @@ def test_released_sizes_have_the_published_parameters_names_and_shapes(size):
     assert count(describe(CONFIGS[size])) == parameters
 
 
-def test_nano_is_a_network_of_two_to_five_million_parameters():
-    assert 2_000_000 <= count(describe(CONFIGS["nano"])) <= 5_000_000
+def test_pico_is_a_network_of_two_to_five_million_parameters_and_nano_of_eight_to_twelve():
+    assert 2_000_000 <= count(describe(CONFIGS["pico"])) <= 5_000_000
+    assert 8_000_000 <= count(describe(CONFIGS["nano"])) <= 12_000_000
+    assert count(describe(CONFIGS["nano-siglip"])) <= 6_000_000

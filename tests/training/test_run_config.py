@@ -49,4 +49,4 @@ def test_a_mixture_of_nothing_is_refused():
 
 
 def test_the_committed_configs_load():
-    assert load_config("configs/nano_demo.py").steps > 0
+    assert load_config("configs/demo.py").steps > 0

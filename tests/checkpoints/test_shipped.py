@@ -1,0 +1,46 @@
+"""The models that ship: found by name, small, and trained: they answer what training never showed them."""
+
+import pytest
+
+import andesvl_jax as avl
+from andesvl_jax.checkpoints.hub import SHIPPED, shipped_directory, shipped_models
+from andesvl_jax.config import CONFIGS
+from andesvl_jax.data.registry import render
+from andesvl_jax.evaluation.benchmarks import Item, blind
+from andesvl_jax.evaluation.evaluate import evaluate
+
+MODELS = ("nano",)
+# accuracy on 40 items that the model stays above: about two standard errors below what its card says
+FLOORS = {"nano": {"word": 0.9, "number": 0.9, "handwritten": 0.8}}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_ships_is_small_and_in_bfloat16(name):
+    assert shipped_models() == list(MODELS)
+    weights = SHIPPED / name / "model.safetensors"
+    assert weights.stat().st_size <= 24e6
+    bundle = avl.load(name)
+    config = CONFIGS[name].replace(image_token_id=bundle.tokenizer.image_token_id)
+    assert bundle.config == config and bundle.tokenizer.vocab_size <= config.text.vocab_size
+    assert (SHIPPED / name / "README.md").read_text(encoding="utf-8").startswith(f"# {name}\n")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_ships_reads_what_it_never_saw_and_not_without_the_picture(name):
+    bundle = avl.load(name, decode_only=True)
+    for task, floor in FLOORS[name].items():
+        turns = [(e.images, e.turns[0]) for e in (render(task, 77, index, "validation") for index in range(40))]
+        items = [Item(task, images, turn.question, turn.answer) for images, turn in turns]
+        seen = evaluate(bundle, items, controls=False)[task].accuracy
+        unseen = evaluate(bundle, [blind(item) for item in items], controls=False)[task].accuracy
+        assert seen >= floor and unseen <= 0.3, (task, seen, unseen)
+
+
+def test_a_directory_of_that_name_goes_first_and_no_name_leaves_the_package(tmp_path, monkeypatch):
+    assert shipped_directory("nano") == SHIPPED / "nano"
+    assert [shipped_directory(name) for name in ("..", "../shipped/nano", "", "nano/", "Nano", "andesvl-4b")] == [None] * 6
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shipped_directory("nano") is None
+    with pytest.raises(avl.UserError, match="one that ships: nano\."):
+        avl.load("mega")

@@ -1,0 +1,50 @@
+"""The script that makes the models that ship: what it says of a run is what the run recorded, and its card leaves nothing out."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    spec = importlib.util.spec_from_file_location("nano_experiment", ROOT / "experiments" / "nano.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "2-joint"
+    folder.mkdir()
+    config = {"steps": 400, "data": {"seed": 3, "weights": {"word": 1.0, "niah_single@128": 0.5}}}
+    (folder / "run.json").write_text(json.dumps({"config": config}))
+    lines = [
+        {"step": step, "tokens": 1000.0 + step, "seconds": step / 2, "loss": 2.0 - step / 200} for step in (1, 100, 200, 300)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+def test_a_stage_is_described_by_its_own_record(nano, run):
+    stage = nano.stage_record(run)
+    assert (stage["name"], stage["steps"], stage["planned"], stage["seconds"], stage["seed"]) == ("joint", 300, 400, 150, 3)
+    assert stage["tokens"] == round((4000 + 601) / 4 * 300) and stage["curve"][-1] == [300, 0.5]
+
+
+def test_the_card_tells_every_stage_and_task_and_each_target_that_is_missed(nano, run):
+    row = {"low": 0.5, "high": 0.7, "blind": 0.1, "shuffled": 0.12, "n": 500, "by_depth": ()}
+    tasks = {"count": row | {"accuracy": 0.99}, "colour": row | {"accuracy": 0.61}, "emoji/emoji_name": row | {"accuracy": 0.6}}
+    record = {
+        "model": "nano", "stages": [nano.stage_record(run)], "environment": {"devices": "1 x cpu", "machine": "x86_64"},
+        "per_task": 500, "seconds": 10, "tasks": tasks,
+    }  # fmt: skip
+    parameters = dict.fromkeys(("total", "vision", "projector", "decoder"), 1_234_567)
+    text = nano.card(record, {"parameters": parameters, "bytes_on_disk": 2_469_134})
+    assert "300 of 400" in text and "niah_single@128 0.5" in text and "1,234,567" in text
+    assert all(f"| {name} |" in text for name in tasks) and "| 61.0 % | 50.0-70.0 |" in text
+    assert "- colour: 61.0 % of 95 %" in text and "- count:" not in text and "- nothing" not in text
