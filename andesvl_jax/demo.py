@@ -47,7 +47,7 @@ PER_TASK, PER_TASK_COMPRESSED = 150, 40
 IMAGES = 1000  # pictures of random sizes in the count of compiled programs
 LARGEST = 280  # pixels of their longer side at most
 EXPORT_SLOTS = 192  # of the exported cache: prompt, its padding and the answer
-TABLES, GROUP = r"decoder\.embedding", 32  # weights per scale at 4 bits
+TABLES, GROUP = r"decoder\.embedding", 16  # weights per scale at 4 bits
 
 
 def run_demo(out: Path, changes: Sequence[str], command: str) -> dict[str, Any]:

@@ -42,5 +42,5 @@ def test_a_directory_of_that_name_goes_first_and_no_name_leaves_the_package(tmp_
     (tmp_path / "nano").mkdir()
     monkeypatch.chdir(tmp_path)
     assert shipped_directory("nano") is None
-    with pytest.raises(avl.UserError, match="one that ships: nano\."):
+    with pytest.raises(avl.UserError, match=r"one that ships: nano\."):
         avl.load("mega")

@@ -28,5 +28,5 @@ def tiny_run(tokenizer_dir) -> TrainConfig:
     )  # fmt: skip
     return TrainConfig(
         model=model, tokenizer=str(tokenizer_dir), data=Mixture({"word": 2.0, "shapes": 1.0}), steps=4, checkpoint_every=2,
-        budget=Budget(rows=2, tokens=256, patches=128, targets=96), log_every=1, optimizer=Optimizer(warmup_steps=2),
+        budget=Budget(rows=2, tokens=384, patches=128, targets=160), log_every=1, optimizer=Optimizer(warmup_steps=2),
     )  # fmt: skip
