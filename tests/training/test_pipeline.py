@@ -111,7 +111,7 @@ def test_a_state_or_a_number_of_shards_that_does_not_fit_is_named(samples, tiny_
 
 
 def test_rows_are_well_filled(samples, tiny_run):
-    """Less than the 0.95 of real budgets (benchmarks/packing.py): three scenes of 36 patches fill 108 of these 128, and words the rest in part."""
+    """Less than the 0.95 of real budgets (benchmarks/packing.py): three scenes of 36 patches fill 108 of these 128."""
     iterator = packed(samples, tiny_run)
     shares = [fill(next(iterator)) for _ in range(20)]
     assert max(np.mean([share[name] for share in shares]) for name in shares[0]) > 0.9
