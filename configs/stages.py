@@ -65,10 +65,11 @@ def _real(share: float) -> dict[str, float]:
 NANO_DATA = {
     "alignment": _READING,
     "joint": _RENDERED | _REAL | _long(256),
-    # what binds a question to a place: colours to shapes, lists of all there is, rows to repeat, look-ups that a guess often hits
-    "multi-task": _RENDERED | {"pair": 5.0, "shapes": 2.0} | _real(0.3) | {"echo@128": 1.0, "niah_single@128": 0.6},
-    "sft": _RENDERED | {"pair": 1.5, "shapes": 3.5, "chart": 1.5, "screen": 1.5} | _real(0.5) | {"gui": 0.7} | _long(256, 0.3)
-    | {"echo@128": 0.3, "recite@128": 0.2, "niah_single@128": 0.8},
+    # what binds a question to a place: few things with all that can be asked of them, lists, look-ups that a guess often hits
+    "multi-task": _RENDERED | {"pair": 5.0, "shapes": 2.0, "widget": 2.5} | _real(0.3)
+    | {"echo@128": 1.0, "niah_single@128": 1.5},
+    "sft": _RENDERED | {"pair": 2.0, "widget": 1.5, "word": 0.7, "number": 0.3, "screen": 2.0} | _real(0.4) | {"gui": 1.0}
+    | _long(256, 0.3) | {"echo@128": 0.3, "recite@128": 0.3, "niah_single@128": 2.0},
 }  # fmt: skip
 NANO_STEPS = {
     "nano": {name: stage.steps for name, stage in NANO.items()},

@@ -19,6 +19,7 @@ TASKS: dict[str, Callable[[np.random.Generator, str, int], Example]] = {
     "handwritten": tasks_digits.render_handwritten,
     "chart": tasks_chart.render_chart,
     "screen": tasks_screen.render_screen,
+    "widget": tasks_screen.render_widget,
 }
 WORDINGS: dict[str, tuple[str, ...]] = {
     task: wordings

@@ -4,7 +4,7 @@ The content is the sorted list of (kind, label, row); the theme, the sizes and t
 Answers follow AndesVL's GUI data: boxes in 0..1000, question answering whose answer is the box to tap.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,7 @@ FONT, LABEL_SIZE, TITLE_SIZE = "DejaVuSans", 11, 10
 GAP = 3  # pixels between widgets
 STEP = 14  # pixels that rows are indented by
 WIDGETS = 4
+FEW = 2  # widgets of a part of a screen
 QUESTIONS = 3  # per screen, beside the list of labels: with the picture about 180 tokens
 
 
@@ -118,7 +119,18 @@ def draw_screen(rng: np.random.Generator, most: int = WIDGETS) -> tuple[Widget, 
     places = rng.permutation(WIDGETS)[:count].tolist()
     if rng.random() < 0.35:
         return tuple(Widget("tile", label, place // 2, place % 2) for label, place in zip(labels, places, strict=True))
-    return tuple(Widget(pick(rng, kinds_of(label)), label, place) for label, place in zip(labels, places, strict=True))
+    return rows_of(rng, labels, places)
+
+
+def draw_part(rng: np.random.Generator, most: int = FEW) -> tuple[Widget, ...]:
+    """Two rows with different labels, one below the other; one where `most` is below two."""
+    labels = [LABELS[index] for index in rng.permutation(len(LABELS))[:most].tolist()]
+    return rows_of(rng, labels, range(len(labels)))
+
+
+def rows_of(rng: np.random.Generator, labels: Sequence[str], rows: Sequence[int]) -> tuple[Widget, ...]:
+    """A widget for every label, each in its row."""
+    return tuple(Widget(pick(rng, kinds_of(label)), label, row) for label, row in zip(labels, rows, strict=True))
 
 
 def kinds_of(label: str) -> tuple[str, ...]:
@@ -147,13 +159,13 @@ def readable_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     return (0, 0, 0) if luma > 140 else (255, 255, 255)
 
 
-def lay_out(rng: np.random.Generator, screen: tuple[Widget, ...]) -> list[Box]:
-    """A box per widget below the title bar: rows of one visual token, tiles of two by two, of uneven widths and edges."""
+def lay_out(rng: np.random.Generator, screen: tuple[Widget, ...], top: int = TOKEN_SIDE) -> list[Box]:
+    """A box per widget below `top` pixels: rows of one visual token, tiles of two by two, of uneven widths and edges."""
     boxes = []
     for widget in screen:
         inset = rng.integers(0, 3, 2).tolist()
         if widget.kind == "tile":
-            middle, row = WIDTH // 2, TOKEN_SIDE * (1 + 2 * widget.row)
+            middle, row = WIDTH // 2, top + 2 * TOKEN_SIDE * widget.row
             x1, x2 = (GAP, middle - 1) if widget.column == 0 else (middle + 2, WIDTH - GAP)
             boxes.append(
                 (
@@ -164,7 +176,7 @@ def lay_out(rng: np.random.Generator, screen: tuple[Widget, ...]) -> list[Box]:
                 )
             )
         else:
-            row = TOKEN_SIDE * (1 + widget.row)
+            row = top + TOKEN_SIDE * widget.row
             x1 = GAP + STEP * int(rng.integers(3 if widget.kind in ("button", "field") else 2))
             width = int(rng.integers(62 if widget.kind in ("button", "field") else 88, WIDTH - GAP - x1))
             boxes.append((x1, row + 1 + inset[0], x1 + width, row + TOKEN_SIDE - 2 - inset[1]))
@@ -257,13 +269,16 @@ def turns_about(rng: np.random.Generator, screen: tuple[Widget, ...], boxes: lis
     """Three of six questions, two of each task about different widgets, in random order, and the list of labels."""
     turns = []
     for task in ("referring", "grounding", "screen_qa"):
-        for index in rng.permutation(len(screen))[:2].tolist():
-            label, box = screen[index].label, boxes[index]
-            question = pick(rng, WORDINGS[task]).format(label=label, box=box, purpose=pick(rng, PURPOSES[label]))
-            turns.append(Turn(task, question, label if task == "referring" else box))
+        turns += [ask(rng, task, screen[index].label, boxes[index]) for index in rng.permutation(len(screen))[:2].tolist()]
     order = rng.permutation(len(turns)).tolist()
     listed = ", ".join(widget.label for widget in sorted(screen, key=lambda widget: (widget.row, widget.column)))
     return [turns[index] for index in order[:QUESTIONS]] + [Turn("labels", pick(rng, WORDINGS["labels"]), listed)]
+
+
+def ask(rng: np.random.Generator, task: str, label: str, box: str) -> Turn:
+    """A turn about one widget in one of the task's wordings."""
+    question = pick(rng, WORDINGS[task]).format(label=label, box=box, purpose=pick(rng, PURPOSES[label]))
+    return Turn(task, question, label if task == "referring" else box)
 
 
 def render_screen(rng: np.random.Generator, split: str, crowd: int) -> Example:
@@ -274,8 +289,24 @@ def render_screen(rng: np.random.Generator, split: str, crowd: int) -> Example:
     title_height = int(rng.integers(20, TOKEN_SIDE))
     ImageDraw.Draw(image).rectangle((0, 0, WIDTH, title_height - 1), fill=theme.accent)
     write(image, pick(rng, TITLES), readable_on(theme.accent), int(rng.integers(4, 40)), title_height // 2, TITLE_SIZE)
-    places = lay_out(rng, screen)
+    boxes = paint(rng, image, screen, theme)
+    return Example((pixels(image),), tuple(turns_about(rng, screen, boxes)), content)
+
+
+def render_widget(rng: np.random.Generator, split: str, crowd: int) -> Example:
+    """Two rows of a screen, to be read before a model has to find them on a whole one."""
+    screen, content = draw_in_split(lambda rng: draw_part(rng, min(crowd, FEW)), describe, rng, split)
+    theme = draw_theme(rng)
+    image = Image.new("RGB", (WIDTH, side(len(screen))), theme.paper)
+    boxes = paint(rng, image, screen, theme, top=0)
+    return Example((pixels(image),), tuple(turns_about(rng, screen, boxes)), content)
+
+
+def paint(
+    rng: np.random.Generator, image: Image.Image, screen: tuple[Widget, ...], theme: Theme, top: int = TOKEN_SIDE
+) -> list[str]:
+    """Paint the widgets below `top` pixels; returns their boxes as text."""
+    places = lay_out(rng, screen, top)
     for widget, box in zip(screen, places, strict=True):
         PAINT[widget.kind](rng, image, widget, box, theme)
-    boxes = [box_text(box, WIDTH, HEIGHT) for box in places]
-    return Example((pixels(image),), tuple(turns_about(rng, screen, boxes)), content)
+    return [box_text(box, *image.size) for box in places]

@@ -64,6 +64,13 @@ WORDINGS = {
         "What is the {colour} thing?",
         "Which shape has the colour {colour}?",
     ),
+    "thing": (
+        "What is at the {place}?",
+        "Which thing is at the {place}?",
+        "What do you see at the {place}?",
+        "Name the thing at the {place}.",
+        "At the {place} there is what?",
+    ),
     "scene": (
         "List the shapes from top left to bottom right.",
         "What is in the picture, row by row?",
@@ -78,6 +85,7 @@ PLACES = {
 }  # by cells a side, row by row
 LARGEST_COUNT = MANY
 FEW = 3  # things of a small scene
+QUESTIONS = 6  # about a small scene
 SMALLEST, LARGEST = 15, 24  # pixels
 ANGLES = (-14, -7, 0, 7, 14)  # degrees
 
@@ -130,9 +138,9 @@ def paint(rng: np.random.Generator, cells: int, thing: Thing, image: Image.Image
     return stamp(image, mask, jittered(rng, COLOURS[thing.colour]), x, y)
 
 
-def ask(rng: np.random.Generator, task: str, answer: str, thing: Thing | None = None) -> Turn:
+def ask(rng: np.random.Generator, task: str, answer: str, thing: Thing | None = None, place: str = "") -> Turn:
     """A turn in one of the task's wordings."""
-    names = {} if thing is None else {"colour": thing.colour, "shape": thing.shape}
+    names = {"place": place} if thing is None else {"colour": thing.colour, "shape": thing.shape}
     return Turn(task, pick(rng, WORDINGS[task]).format(**names), answer)
 
 
@@ -140,24 +148,22 @@ def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str]) -> lis
     """Up to five questions, each about a thing that its wording identifies, and the whole scene."""
     things = scene.things
     turns = [ask(rng, "count", str(len(things)))]
-    kinds = Counter((thing.colour, thing.shape) for thing in things)
-    lone = [index for index, thing in enumerate(things) if kinds[thing.colour, thing.shape] == 1]
     for task, what in (("colour", "shape"), ("shape", "colour")):
         if named := alone(things, what):
             thing = pick(rng, named)
             turns.append(ask(rng, task, getattr(thing, task), thing))
-    if lone:
-        thing = things[pick(rng, lone)]
+    if named := lone(things):
+        thing = pick(rng, named)
         turns.append(ask(rng, "position", scene.place(thing), thing))
-        index = pick(rng, lone)
-        turns.append(ask(rng, "box", boxes[index], things[index]))
+        thing = pick(rng, named)
+        turns.append(ask(rng, "box", boxes[things.index(thing)], thing))
     order = rng.permutation(len(turns)).tolist()
     listed = ", ".join(f"{t.colour} {t.shape} {scene.place(t)}" for t in sorted(things, key=lambda thing: thing.cell))
     return [turns[index] for index in order] + [ask(rng, "scene", listed)]  # last, where no other answer can lean on it
 
 
 def render_pair(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT) -> Example:
-    """A scene of one to three things, asked only for the shape of a colour and the colour of a shape: what binds the two."""
+    """A scene of one to three things, asked for colour, shape and place of a thing by one another: what binds the three."""
     scene, content = draw_in_split(lambda rng: draw_scene(rng, min(crowd, FEW)), describe, rng, split)
     length = side(scene.cells)
     image = background(rng, length, length, neutral(rng))
@@ -165,14 +171,21 @@ def render_pair(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT
         paint(rng, scene.cells, thing, image)
     turns = [ask(rng, "shape", thing.shape, thing) for thing in alone(scene.things, "colour")]
     turns += [ask(rng, "colour", thing.colour, thing) for thing in alone(scene.things, "shape")]
-    turns = turns or [ask(rng, "count", str(len(scene.things)))]
-    return Example((pixels(image),), tuple(turns[i] for i in rng.permutation(len(turns)).tolist()), content)
+    turns += [ask(rng, "position", scene.place(thing), thing) for thing in lone(scene.things)]
+    turns += [ask(rng, "thing", f"{thing.colour} {thing.shape}", place=scene.place(thing)) for thing in scene.things]
+    return Example((pixels(image),), tuple(turns[i] for i in rng.permutation(len(turns))[:QUESTIONS].tolist()), content)
 
 
 def alone(things: Sequence[Thing], what: str) -> list[Thing]:
     """Those that share their colour, or shape, with no other."""
     counts = Counter(getattr(thing, what) for thing in things)
     return [thing for thing in things if counts[getattr(thing, what)] == 1]
+
+
+def lone(things: Sequence[Thing]) -> list[Thing]:
+    """Those that share both colour and shape with no other."""
+    counts = Counter((thing.colour, thing.shape) for thing in things)
+    return [thing for thing in things if counts[thing.colour, thing.shape] == 1]
 
 
 def render_shapes(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT) -> Example:

@@ -29,6 +29,7 @@ TASK_NAMES = {
     "grounding",
     "screen_qa",
     "shape",
+    "thing",
     "scene",
     "bars",
     "labels",
@@ -47,6 +48,7 @@ LARGEST_MAJORITY = {
     "grounding": 0.02,
     "screen_qa": 0.02,
     "shape": 0.28,
+    "thing": 0.06,
     "scene": 0.02,
     "bars": 0.02,
     "labels": 0.02,
@@ -126,7 +128,7 @@ def test_pictures_are_small_rgb_and_one_pixel_short_of_whole_tokens_where_it_mat
             assert 1 <= len(example.turns) <= 6
             assert picture.max() > picture.min()
             sizes.add((width, height))
-    assert len(sizes) >= (1 if family == "screen" else 2)
+    assert len(sizes) >= (1 if family in ("screen", "widget") else 2)
 
 
 def test_every_task_has_five_wordings_and_uses_them_all():
@@ -156,7 +158,10 @@ def test_no_answer_is_common_enough_to_be_guessed(split):
 
 @pytest.mark.parametrize("task", ["box", "grounding", "screen_qa"])
 def test_boxes_parse_and_no_fixed_point_hits_many_of_them(task):
-    boxes = np.array([box_of(turn.answer) for turn in turns("train") if turn.task == task])
+    family = "shapes" if task == "box" else "screen"
+    boxes = np.array(
+        [box_of(turn.answer) for example in examples(family, "train") for turn in example.turns if turn.task == task]
+    )
     assert (boxes >= 0).all() and (boxes <= 1000).all() and (boxes[:, :2] < boxes[:, 2:]).all()
     points = np.arange(20, 1000, 20)
     inside_x = (boxes[:, :1] <= points) & (points <= boxes[:, 2:3])
@@ -186,6 +191,9 @@ def test_counts_and_colours_agree_with_the_content():
             if turn.task == "position":
                 named = [t for t in things if " ".join(t.split()[:2]) in turn.question]
                 assert [" ".join(t.split()[2:]) for t in named] == [turn.answer]
+            if turn.task == "thing":
+                place = re.search(r"at the ([a-z ]+?)(?: there is what)?[?.]", turn.question, re.I).group(1)
+                assert [" ".join(t.split()[:2]) for t in things if " ".join(t.split()[2:]) == place] == [turn.answer]
             if turn.task in ("colour", "shape"):
                 asked, given = (0, 1) if turn.task == "colour" else (1, 0)
                 named = [thing for thing in things if thing.split()[given] in turn.question]
@@ -193,7 +201,7 @@ def test_counts_and_colours_agree_with_the_content():
 
 
 def test_lists_name_everything_in_reading_order():
-    """A scene's and a chart's by their content, a screen's by the boxes that other answers give."""
+    """A scene's and a chart's by their content, a screen's by the boxes that other answers give, a part's by its rows."""
     for example in examples("shapes", "train"):
         cells, _, things = example.content.removeprefix("shapes ").partition(": ")
         (listed,) = [turn.answer.split(", ") for turn in example.turns if turn.task == "scene"]
@@ -207,6 +215,9 @@ def test_lists_name_everything_in_reading_order():
         boxes = {turn.answer: box_of(turn.question) for turn in example.turns if turn.task == "referring"}
         order = sorted(boxes, key=lambda label: (round(boxes[label][1], -2), boxes[label][0]))
         assert [label for label in listed if label in boxes] == order and len(listed) == tasks_screen.WIDGETS
+    for example in examples("widget", "train"):
+        rows = [widget.split() for widget in example.content.removeprefix("screen ").split("; ")]
+        assert example.turns[-1].answer == ", ".join(label for _, label, _ in sorted(rows, key=lambda row: row[-1]))
 
 
 def test_widgets_are_painted_inside_their_boxes_and_apart():
@@ -226,7 +237,7 @@ def test_widgets_are_painted_inside_their_boxes_and_apart():
 
 
 def test_screen_answers_agree_with_each_other():
-    for example in examples("screen", "train")[:300]:
+    for example in (*examples("screen", "train")[:300], *examples("widget", "train")[:300]):
         labels = dict.fromkeys(widget.split()[1] for widget in example.content.removeprefix("screen ").split("; "))
         for turn in example.turns[:-1]:
             if turn.task == "referring":
