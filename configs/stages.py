@@ -67,9 +67,9 @@ NANO_DATA = {
     "joint": _RENDERED | _REAL | _long(256),
     # what binds a question to a place: few things with all that can be asked of them, lists, look-ups that a guess often hits
     "multi-task": _RENDERED | {"pair": 5.0, "shapes": 2.0, "widget": 2.5} | _real(0.3)
-    | {"echo@128": 1.0, "niah_single@128": 1.5},
+    | {"echo@128": 0.7, "niah_single@112": 1.2, "niah_single@192": 1.2},
     "sft": _RENDERED | {"pair": 2.0, "widget": 1.5, "word": 0.7, "number": 0.3, "screen": 2.0} | _real(0.4) | {"gui": 1.0}
-    | _long(256, 0.3) | {"echo@128": 0.3, "recite@128": 0.3, "niah_single@128": 2.0},
+    | _long(256, 0.3) | {"echo@128": 0.3, "recite@128": 0.3, "niah_single@128": 1.0, "niah_single@512": 0.5},
 }  # fmt: skip
 NANO_STEPS = {
     "nano": {name: stage.steps for name, stage in NANO.items()},

@@ -23,13 +23,15 @@ T = TypeVar("T")
 class Turn:
     """One question and its answer; `task` names the row of the results table it is scored in.
 
-    depths: where in a long context what answers it begins, 0..1 each.
+    depths: where in a long context what answers it begins, 0..1 each. reply: the sentence around the answer that training says,
+    "" = the answer alone.
     """
 
     task: str
     question: str
     answer: str
     depths: tuple[float, ...] = ()
+    reply: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def messages_of(example: Example) -> list[Message]:
         pictures = [{"type": "image", "image": image} for image in example.images] if i == 0 else []
         question = (example.context if i == 0 else "") + turn.question
         content = [*pictures, {"type": "text", "text": question}]
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.answer}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.reply or turn.answer}]
     return messages
 
 

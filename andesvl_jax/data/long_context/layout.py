@@ -47,13 +47,17 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with the lines that answer it, each at a place in 0..1 of the context, and the fact that decides the split."""
+    """A question with the lines that answer it, each at a place in 0..1 of the context, and the fact that decides the split.
+
+    reply: see `Turn`.
+    """
 
     question: str
     answer: str
     needles: tuple[str, ...]
     places: tuple[float, ...]
     fact: str
+    reply: str = ""
 
 
 class Lines:
@@ -82,7 +86,7 @@ class Lines:
                 starts[number].append(len(context))
             context += line + "\n"
         turns = (
-            Turn(self._task, a.question, a.answer, tuple(start / len(context) for start in found))
+            Turn(self._task, a.question, a.answer, tuple(start / len(context) for start in found), a.reply)
             for a, found in zip(asked, starts, strict=True)
         )
         return Sketch(context, tuple(turns), f"{self._task} " + "; ".join(sorted(a.fact for a in asked)))

@@ -1,6 +1,7 @@
 """Tasks that find facts between other facts: RULER's needles (niah), its variable tracking (vt), and look-ups in two hops.
 
-Names and forms follow RULER (arXiv 2404.06654); several questions stand after one context, where RULER asks one.
+Names and forms follow RULER (arXiv 2404.06654); several questions stand after one context, where RULER asks one. RULER begins the
+answer with words that name what was asked for; here training says them, in `Turn.reply`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -137,9 +138,10 @@ def qa_two_hop(rng: np.random.Generator, split: str, tokens: int) -> Lines:
     asked = []
     for ((one, friend, city), fact), places in zip(facts, spread(rng, [2] * len(facts)), strict=True):
         needles = [_befriends(one, friend), _lives(friend, city)]
+        reply = " ".join(needles)
         if rng.random() < 0.5:
             needles.reverse()
-        asked.append(Asked(pick(rng, FRIEND_LIVES).format(one), city, tuple(needles), places, fact))
+        asked.append(Asked(pick(rng, FRIEND_LIVES).format(one), city, tuple(needles), places, fact, reply))
     return Lines("qa_two_hop", PEOPLE, asked, others(), rng)
 
 
@@ -171,10 +173,15 @@ def _code_lines(fact: Fact) -> tuple[str, ...]:
     return tuple(f"The code of {key} is {value}." if len(values) == 1 else f"One code of {key} is {value}." for value in values)
 
 
+def _reply(fact: Fact) -> str:
+    key, *values = fact[0]
+    return f"The code{'s' * (len(values) > 1)} of {key} {'is' if len(values) == 1 else 'are'} {', '.join(values)}."
+
+
 def _asked_codes(rng: np.random.Generator, facts: Sequence[Fact], wordings: Sequence[str]) -> list[Asked]:
     places = spread(rng, [len(words) - 1 for words, _ in facts])
     return [
-        Asked(pick(rng, wordings).format(fact[0][0]), ", ".join(fact[0][1:]), _code_lines(fact), where, fact[1])
+        Asked(pick(rng, wordings).format(fact[0][0]), ", ".join(fact[0][1:]), _code_lines(fact), where, fact[1], _reply(fact))
         for fact, where in zip(facts, places, strict=True)
     ]
 
