@@ -72,7 +72,7 @@ CARD = Card(
     summary="Screens of HTML templates: naming what is in a box, finding what is named, and what to tap.",
     packages=tuple(template.package for template in TEMPLATES),
     held_out="Two other frameworks are never fetched, so that they stay unseen.",
-    questions=1_900,
+    questions=8_300,
 )
 WINDOWS = {"phone": (375, 720), "tablet": (768, 1024), "desktop": (1280, 800)}  # pixels
 THEMES = ("plain", "plain", "dark", "tinted")
@@ -80,7 +80,7 @@ SCROLLS = 3  # screens of a page in one window, at most
 SCROLL_BY = 0.85  # of the window's height
 SETTLE = 0.5  # seconds after loading
 REDRAW = 0.15  # seconds after a change
-ASKED = 48  # times that one text of a template is asked about
+ASKED = 240  # times that one text of a template is asked about
 COMMON = 0.3  # share of a template's pages from which on a text says nothing about one of them
 ALIKE = 0.5  # share of texts that two pages have in common if they go to one split
 SCRIPT = Path(__file__).with_name("screen.js")

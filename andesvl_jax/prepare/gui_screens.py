@@ -23,8 +23,9 @@ SMALLEST_SCALE = 0.6  # of a crop: pages set most texts in 14 to 16 pixels
 LONGEST_TEXT = 40  # characters
 SYMBOLS = "\u2190"  # arrows, signs and emoji begin here, which no tokenizer of words should have to say
 INK = 48  # grey levels between the darkest and the lightest part of a widget that can be read
-VIEWS = 10  # crops of one screen
-TRIES = 30
+VIEWS = 80  # crops of one screen
+TRIES = 240
+MOST_SHARED = 0.75  # of the smaller of two crops
 MOST_WIDGETS = 1000  # of a screen; more are left out
 QUESTIONS = 4
 
@@ -132,7 +133,7 @@ def views(rng: np.random.Generator, screen: Screen, side: int) -> Iterator[Scree
         zoom = 1.0 if rng.random() < 0.5 else rng.uniform(SMALLEST_SCALE, 1)
         area = _area(rng, screen, int(side / zoom))
         part = _scaled(_cropped(screen, area), zoom)
-        if len(part.widgets) >= 2 and len(taken) < VIEWS and all(_overlap(area, other) < 0.5 for other in taken):
+        if len(part.widgets) >= 2 and len(taken) < VIEWS and all(_overlap(area, other) < MOST_SHARED for other in taken):
             taken.append(area)
             yield part
 

@@ -21,6 +21,7 @@ from andesvl_jax.data.registry import SPLITS
 from andesvl_jax.data.tasks_shapes import ANGLES
 from andesvl_jax.data.tasks_text import SIZES, WORD_ALPHABET, character_mask
 from andesvl_jax.errors import UserError
+from andesvl_jax.evaluation.scorers import score
 from andesvl_jax.inputs.chat import render_prompt
 from andesvl_jax.inputs.image import ImageProcessor, prepare_image
 from andesvl_jax.inputs.tokenizer import Tokenizer
@@ -111,6 +112,20 @@ def test_a_solver_that_reads_the_text_answers_every_question(family, tokens, num
         for example in some(family, split, tokens, number):
             for turn in example.turns:
                 assert SOLVERS[family](example.context, turn.question) == turn.answer
+
+
+def test_what_training_says_holds_the_answer_and_no_other_one():
+    replied = set()
+    for family in TEXT_TASKS:
+        for example in some(family, "train", 256, 100):
+            answers = [message["content"] for message in messages_of(example)[1::2]]
+            for turn, said in zip(example.turns, answers, strict=True):
+                assert score(family, said, turn.answer) == 1
+                others = {other.answer for other in example.turns} - {turn.answer}
+                if turn.reply:
+                    replied.add(family)
+                    assert said == turn.reply and not any(score(family, said, other) == 1 for other in others)
+    assert replied == {"niah_single", "niah_multikey", "niah_multivalue", "qa_two_hop"}
 
 
 @pytest.mark.parametrize("family", TEXT_TASKS)
