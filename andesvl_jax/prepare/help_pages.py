@@ -44,7 +44,7 @@ CARD = Card(
     ),
     packages=tuple(MANUALS.values()),
     held_out="None of it is on the list; the manual in Japanese is never fetched, so that the language stays unseen.",
-    questions=8_600,
+    questions=8_500,
 )
 FOLDERS = {language: f"usr/share/gimp/2.0/help/{'zh_CN' if language == 'zh' else language}/" for language in MANUALS}
 CAPTIONING = {
