@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = verb("chat", _chat, "ask a model about pictures")
     chat.add_argument("question", help="may hold <image> marks for the places of the pictures; without marks they come first")
-    chat.add_argument("--model", required=True, help="checkpoint directory, a hub id owner/name, or one that ships: nano")
+    chat.add_argument(
+        "--model", required=True, help="checkpoint directory, a hub id owner/name, or one that ships: nano, nano-siglip"
+    )
     chat.add_argument("--revision", help="branch, tag or commit of a hub id")
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     chat.add_argument("--system", help="system message")
@@ -113,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = verb("evaluate", _evaluate, "accuracy per task beside blind and shuffled controls")
-    evaluate.add_argument("--model", required=True, help="checkpoint directory, a hub id, or one that ships: nano")
+    evaluate.add_argument("--model", required=True, help="checkpoint directory, a hub id, or one that ships: nano, nano-siglip")
     evaluate.add_argument("--benchmark", default="nano-val", choices=("nano-val", "long", "perplexity"))
     evaluate.add_argument("--task", nargs="+", metavar="NAME", help="long: families, e.g. vt pages (default: those of text)")
     evaluate.add_argument(

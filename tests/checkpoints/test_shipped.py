@@ -8,7 +8,7 @@ from andesvl_jax.config import CONFIGS
 from andesvl_jax.evaluation.benchmarks import nano_validation
 from andesvl_jax.evaluation.evaluate import evaluate, evaluate_long
 
-MODELS = ("nano",)
+MODELS = ("nano", "nano-siglip")
 ITEMS = 40  # of a task
 # accuracies on ITEMS items that a model stays above: about two standard errors below what its card says
 FLOORS = {
@@ -16,6 +16,7 @@ FLOORS = {
         "count": 0.95, "colour": 0.95, "position": 0.95, "thing": 0.95, "box": 0.6, "scene": 0.45, "word": 0.9, "number": 0.95,
         "handwritten": 0.85, "chart": 0.95, "referring": 0.95, "grounding": 0.9, "screen_qa": 0.9,
     },
+    "nano-siglip": {"count": 0.95, "thing": 0.6, "word": 0.9, "number": 0.9, "handwritten": 0.8},
 }  # fmt: skip
 CODES = {"nano": (512, 0.8)}  # tokens of the texts, and the same
 
@@ -40,7 +41,7 @@ def test_a_model_that_ships_answers_what_it_never_saw_and_not_without_the_pictur
         assert results[task].accuracy >= floor and results[task].blind <= 0.35, (task, results[task])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CODES)
 def test_a_model_that_ships_finds_codes_in_a_text(name):
     tokens, floor = CODES[name]
     result = evaluate_long(avl.load(name, decode_only=True), ("niah_single",), (tokens,), ITEMS)[f"niah_single@{tokens}"]
@@ -53,5 +54,5 @@ def test_a_directory_of_that_name_goes_first_and_no_name_leaves_the_package(tmp_
     (tmp_path / "nano").mkdir()
     monkeypatch.chdir(tmp_path)
     assert shipped_directory("nano") is None
-    with pytest.raises(avl.UserError, match=r"one that ships: nano\."):
+    with pytest.raises(avl.UserError, match=r"one that ships: nano, nano-siglip\."):
         avl.load("mega")
