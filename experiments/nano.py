@@ -103,11 +103,14 @@ def train_stages(model: str, out: Path, changes: Sequence[str]) -> list[Path]:
 
 
 def stage_record(run: Path) -> dict[str, Any]:
-    """What a run did, from its own record and metrics: steps done and planned, tokens, seconds, loss and data."""
+    """What a run did, from its own record and metrics: steps done and planned, rate, rows, tokens, seconds, loss and data."""
     config = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
     metrics = read_metrics(run)
     last, every = metrics[-1], max(1, len(metrics) // 100)
+    budget, optimizer = config["budget"], config["optimizer"]
     return {
+        "rows": budget["rows"], "row_tokens": budget["tokens"],
+        "rate": optimizer["decoder"], "final": optimizer["final_fraction"],
         "name": re.sub(r"^\d+[a-z]?-", "", run.name), "steps": last["step"], "planned": config["steps"],
         "tokens": round(sum(m["tokens"] for m in metrics) / len(metrics) * last["step"]), "seconds": round(last["seconds"]),
         "loss": sum(m["loss"] for m in metrics[-SMOOTHED:]) / len(metrics[-SMOOTHED:]), "seed": config["data"]["seed"],

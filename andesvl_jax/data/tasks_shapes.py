@@ -7,6 +7,7 @@ background are free. A cell is one visual token.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from PIL import Image
@@ -152,7 +153,7 @@ def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str]) -> lis
         if named := alone(things, what):
             thing = pick(rng, named)
             turns.append(ask(rng, task, getattr(thing, task), thing))
-    if named := lone(things):
+    if named := alone(things, "colour", "shape"):
         thing = pick(rng, named)
         turns.append(ask(rng, "position", scene.place(thing), thing))
         thing = pick(rng, named)
@@ -171,21 +172,16 @@ def render_pair(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT
         paint(rng, scene.cells, thing, image)
     turns = [ask(rng, "shape", thing.shape, thing) for thing in alone(scene.things, "colour")]
     turns += [ask(rng, "colour", thing.colour, thing) for thing in alone(scene.things, "shape")]
-    turns += [ask(rng, "position", scene.place(thing), thing) for thing in lone(scene.things)]
+    turns += [ask(rng, "position", scene.place(thing), thing) for thing in alone(scene.things, "colour", "shape")]
     turns += [ask(rng, "thing", f"{thing.colour} {thing.shape}", place=scene.place(thing)) for thing in scene.things]
     return Example((pixels(image),), tuple(turns[i] for i in rng.permutation(len(turns))[:QUESTIONS].tolist()), content)
 
 
-def alone(things: Sequence[Thing], what: str) -> list[Thing]:
-    """Those that share their colour, or shape, with no other."""
-    counts = Counter(getattr(thing, what) for thing in things)
-    return [thing for thing in things if counts[getattr(thing, what)] == 1]
-
-
-def lone(things: Sequence[Thing]) -> list[Thing]:
-    """Those that share both colour and shape with no other."""
-    counts = Counter((thing.colour, thing.shape) for thing in things)
-    return [thing for thing in things if counts[thing.colour, thing.shape] == 1]
+def alone(things: Sequence[Thing], *what: str) -> list[Thing]:
+    """Those that share their colour, their shape, or both ("colour", "shape") with no other."""
+    key = attrgetter(*what)
+    counts = Counter(map(key, things))
+    return [thing for thing in things if counts[key(thing)] == 1]
 
 
 def render_shapes(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT) -> Example:

@@ -21,7 +21,10 @@ def nano():
 def run(tmp_path):
     folder = tmp_path / "2-joint"
     folder.mkdir()
-    config = {"steps": 400, "data": {"seed": 3, "weights": {"word": 1.0, "niah_single@128": 0.5}}}
+    config = {
+        "steps": 400, "budget": {"rows": 6, "tokens": 256}, "optimizer": {"decoder": 7e-4, "final_fraction": 0.02},
+        "data": {"seed": 3, "weights": {"word": 1.0, "niah_single@128": 0.5}},
+    }  # fmt: skip
     (folder / "run.json").write_text(json.dumps({"config": config}))
     lines = [
         {"step": step, "tokens": 1000.0 + step, "seconds": step / 2, "loss": 2.0 - step / 200} for step in (1, 100, 200, 300)
@@ -45,6 +48,6 @@ def test_the_card_tells_every_stage_and_task_and_each_target_that_is_missed(nano
     }  # fmt: skip
     parameters = dict.fromkeys(("total", "vision", "projector", "decoder"), 1_234_567)
     text = nano.card(record, {"parameters": parameters, "bytes_on_disk": 2_469_134})
-    assert "300 of 400" in text and "niah_single@128 0.5" in text and "1,234,567" in text
+    assert "| 300 of 400 | 6 x 256 | 0.0007, 2 % |" in text and "niah_single@128 0.5" in text and "1,234,567" in text
     assert all(f"| {name} |" in text for name in tasks) and "| 61.0 % | 50.0-70.0 |" in text
     assert "- colour: 61.0 % of 95 %" in text and "- count:" not in text and "- nothing" not in text
