@@ -14,13 +14,14 @@ from andesvl_jax.config import ATTENTION_BACKENDS
 from andesvl_jax.errors import UserError
 from andesvl_jax.model import context
 from andesvl_jax.model.devices import target_platform
+from andesvl_jax.model.packed import MASKED, packed
 from andesvl_jax.model.splash import splash
 from andesvl_jax.weights import kernel
 
 FEW_QUERIES = 16  # of a row: what the compiled kernel is for
 PIECES, SMALLEST_PIECE = 4, 32  # of a causal row, and tokens in one of them
 MANY_KEYS, KEYS = 8192, 1024  # more than so many come in blocks of this size: the scores of a block stay in cache
-MASKED = -1e30  # finite, so that a padding query (nothing visible) yields a mean of values, not NaN
+LONG_ROW = 1024  # tokens of a packed row from which on skipping blocks pays for the loop over them
 
 
 @struct.dataclass
@@ -71,7 +72,8 @@ def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chu
     Args:
       q: [B, T, N, H]; k, v: [B, K, S, H]; queries, keys: where each stands. One and the same Place says that the keys are those
         of the queries' own tokens, whose positions rise with the slots of a segment.
-      backend: "einsum" holds all T x S scores; "chunked" holds those of `chunk` queries at a time, also in the backward pass;
+      backend: "einsum" holds all T x S scores; "chunked" holds those of `chunk` queries at a time, also in the backward pass
+        (of long packed rows on CPU those of a block, and only of keys near enough to be seen);
         "splash" (TPU) those of a block of queries and keys; "auto" as `pick`.
     Returns:
       [B, T, N, H] in q's dtype. Scores and softmax are float32.
@@ -85,9 +87,15 @@ def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chu
         return splash(q, k, v, jnp.where(queries.positions < 0, -1, segments), causal)
     if own and context.blocks() > 1:
         return _over_context(q, k, v, queries, causal, backend, chunk)
+    if own and causal and backend == "chunked" and q.shape[1] >= LONG_ROW and queries.segments is not None and _alone_on_cpu():
+        return packed(q, k, v, queries.positions, queries.segments)
     if own and causal and backend == "chunked" and q.shape[1] >= PIECES * SMALLEST_PIECE:
         return _in_pieces(q, k, v, queries, chunk)
     return _blocks(q, k, v, queries, keys, causal, backend, chunk)
+
+
+def _alone_on_cpu() -> bool:
+    return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
 
 
 def _blocks(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chunk: int) -> jax.Array:

@@ -10,7 +10,7 @@ from andesvl_jax.cache.kv import Cache
 from andesvl_jax.decoding import generate
 from andesvl_jax.decoding.sampling import sampling_options
 from andesvl_jax.inputs.packing import ImageRow, assemble_prompts, make_sample
-from andesvl_jax.model import attention
+from andesvl_jax.model import attention, packed
 from andesvl_jax.model.andesvl import encode_images, for_decoding
 from andesvl_jax.model.attention import Place, attend, attend_cache
 from andesvl_jax.weights import kernel
@@ -71,6 +71,37 @@ def test_a_causal_row_in_pieces_equals_the_whole_and_leaves_the_later_pieces_out
     if chunk > t:  # XLA counts a loop once
         work = lambda backend: run(backend).lower(q, k, v).compile().cost_analysis()["flops"]  # noqa: E731
         assert work("chunked") <= 0.7 * work("einsum")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_long_packed_rows_equal_the_whole_in_both_passes(dtype, shuffled, monkeypatch):
+    """Also of segments in any order, lengths that blocks do not divide, and with other work than the plain form."""
+    monkeypatch.setattr(attention, "LONG_ROW", 0)
+    t, rng = 333, np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=x), dtype) for x in ((2, t, 6, 8), (2, 3, t, 8), (2, 3, t, 8)))
+    place = packed_place(rng, 2, t)
+    if shuffled:
+        place = place.replace(segments=jnp.where(place.segments < 0, -1, jnp.array([3, 0, 4, 1, 2])[place.segments]))
+    there = (np.asarray(place.positions) >= 0)[..., None, None]
+
+    def run(backend, dtype):
+        def loss(q, k, v):
+            return (jnp.where(there, attend(q, k, v, place, place, True, backend, 512), 0).astype(jnp.float32) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*(x.astype(dtype) for x in (q, k, v)))
+
+    tolerance = 5e-6 if dtype == "float32" else 2e-2  # weights made from sums; 8 bits of a bfloat16
+    for found, expected in zip(jax.tree.leaves(run("chunked", dtype)), jax.tree.leaves(run("einsum", "float32")), strict=True):
+        assert max_relative(found.astype(jnp.float32), expected) <= tolerance
+
+
+def test_a_block_of_a_packed_row_meets_only_the_blocks_that_its_segments_touch():
+    segments = jnp.repeat(jnp.arange(20), 100).at[1900:].set(-1)  # conversations of 100 tokens, the last one padding
+    *_, first, count = packed._parts(jnp.zeros((20, 1, 100, 1, 1)), segments, segments)
+    np.testing.assert_array_equal((first, count), (np.arange(20), np.ones(20)))
+    *_, first, count = packed._parts(jnp.zeros((16, 1, 125, 1, 1)), segments, segments)
+    assert count.max() == 2 and first[-1] == 15 - (count[-1] - 1)
 
 
 def test_memory_of_the_encoder_grows_with_the_patches_not_with_their_square():
