@@ -31,6 +31,7 @@ bench: .venv/.peers
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_step.py --config 33m
+	$(BIN)/python benchmarks/train_step.py --config nano
 	$(BIN)/python benchmarks/vision.py
 
 lint: .venv/.dev

@@ -1,6 +1,6 @@
 """One optimizer step of the whole network beside the same network in PyTorch on CPU: packed rows, pictures, float32.
 
-Run: `python benchmarks/train_step.py --config pico` (or `33m`), or `make bench` for everything.
+Run: `python benchmarks/train_step.py --config pico` (or `33m`; `nano`: rows of 2,016 tokens), or `make bench` for everything.
 """
 
 import copy
@@ -33,6 +33,7 @@ SIZES = CONFIGS | {
         ),
     )
 }  # fmt: skip
+PAIRS = {"33m": 2, "nano": 9}  # of conversations in a row, one where nothing is said; about as many tokens a step
 TEXT = 80  # tokens of text of a conversation
 SUPERVISED = 30  # of them, the last ones
 OPTIMIZER = Optimizer(warmup_steps=2)
@@ -51,7 +52,8 @@ def run(config_name: str = "pico", quick: bool = False) -> dict[str, Any]:
 
     config = timing.config_by_name(config_name, SIZES).replace(image_token_id=IMAGE_TOKEN)
     rows, runs = (2, 2) if quick else (16, 7)
-    batch = packed_batch(config, rows) if config_name == "pico" else packed_batch(config, rows // 2, pairs=2)  # as many tokens
+    pairs = PAIRS.get(config_name, 1)
+    batch = packed_batch(config, max(1, rows // pairs), pairs)
     state = init_state(TrainConfig(model=config, optimizer=OPTIMIZER, steps=SCHEDULE_STEPS))
     network = peer.Network(config, params_to_hf(state.params, config))
     torch_batch = peer.TorchBatch(config, batch)
@@ -101,7 +103,7 @@ def run(config_name: str = "pico", quick: bool = False) -> dict[str, Any]:
     }
 
 
-def packed_batch(config: AndesVLConfig, rows: int, pairs: int = 1) -> Batch:
+def packed_batch(config: AndesVLConfig, rows: int, pairs: int) -> Batch:
     """Rows of `pairs` times two conversations, each about a picture of noise; with one, the shape of pico's training batches."""
     rng = np.random.default_rng(0)
     packed = [[_conversation(config, rng, grid) for grid in GRIDS * pairs] for _ in range(rows)]

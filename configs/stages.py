@@ -42,7 +42,7 @@ NANO = {
     "alignment": Stage((1e-3,) * 3, 140, 256, 1_000, 6, 160, 112, final_fraction=0.5),
     "joint": Stage((1e-3,) * 3, 140, 256, 3_500, 6, 160, 112, final_fraction=0.5),
     "multi-task": Stage((1e-3,) * 3, 140, 512, 8_000, 3, 320, 256, final_fraction=0.5),
-    "sft": Stage((7e-4,) * 3, 140, 2048, 2_500, 1, 1280, 1024),
+    "sft": Stage((7e-4,) * 3, 140, 2048, 3_000, 1, 640, 576),
 }
 REAL = "out/real"  # folder of `andesvl prepare real`
 _READING = {"word": 1.0, "number": 1.0, "handwritten": 1.0}
@@ -68,9 +68,9 @@ NANO_DATA = {
     # what binds a question to a place: few things with all that can be asked of them, lists, look-ups that a guess often hits
     "multi-task": _RENDERED | {"pair": 5.0, "shapes": 2.0, "widget": 2.5} | _real(0.3)
     | {"echo@128": 0.7, "niah_single@112": 1.2, "niah_single@192": 1.2},
-    "sft": _RENDERED | {"shapes": 4.0, "pair": 1.0, "word": 0.7, "number": 0.3, "screen": 4.0, "widget": 1.5} | _real(0.5)
-    | {"gui": 2.5} | _long(256, 0.5) | {"echo@128": 0.3, "recite@128": 0.3, "qa_two_hop@256": 0.3}
-    | {"niah_single@192": 0.6, "niah_single@512": 0.4, "niah_single@1024": 0.3, "niah_single@2048": 0.4},
+    "sft": _RENDERED | {"shapes": 4.0, "pair": 1.0, "word": 0.7, "number": 0.3, "handwritten": 3.0, "chart": 1.5, "screen": 4.0}
+    | {"widget": 1.0} | _real(0.3) | {"gui": 2.5} | _long(256, 0.5) | {"echo@128": 0.2, "recite@128": 0.2, "qa_two_hop@256": 0.3}
+    | {"niah_single@192": 0.5, "niah_single@512": 0.5, "niah_single@1024": 0.5, "niah_single@2048": 0.8},
 }  # fmt: skip
 NANO_STEPS = {
     "nano": {name: stage.steps for name, stage in NANO.items()},

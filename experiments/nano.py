@@ -27,6 +27,7 @@ from matplotlib import pyplot as plt
 from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.checkpoints.hf import load, save
 from andesvl_jax.checkpoints.hub import SHIPPED
+from andesvl_jax.cli import RETRIEVAL_TOKENS
 from andesvl_jax.compression.accounting import describe_checkpoint
 from andesvl_jax.data.corpus import ADDED_NAME, corpus, lower_capital_runs, source_text, train_tokenizer
 from andesvl_jax.data.long_context.registry import TEXT_TASKS, render_long
@@ -43,10 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("alignment", "joint", "multi-task", "sft")
 LONG_EXAMPLES, LONG_CHARACTERS = 60, 2048  # of each long-context family in the tokenizer's corpus
 FILE_EXAMPLES = 4000
-RETRIEVAL_TOKENS = (2048,)
 REAL = Path("out/real")
 SMOOTHED = 5  # lines of metrics that the loss at the end of a stage is the mean of
-FEWER = 150  # questions of each task about real pictures and long contexts, of which an answer takes longer
 FAILURE_ITEMS = 20  # questions of a task that one wrong answer is looked for in
 SHOWN = ("", "gui")  # sources whose pictures may be shown: rendered here, and under the MIT licence
 
@@ -121,9 +120,8 @@ def stage_record(run: Path) -> dict[str, Any]:
 def measure(bundle: Bundle, real: Path, per_task: int) -> dict[str, Any]:
     """What `andesvl evaluate --benchmark nano-val` prints, and its table."""
     began = time.perf_counter()
-    fewer = min(per_task, FEWER)
-    results = evaluate(bundle, nano_validation(per_task) + (real_validation(real, fewer) if real.is_dir() else []))
-    results |= evaluate_long(bundle, RETRIEVAL, RETRIEVAL_TOKENS, fewer)
+    results = evaluate(bundle, nano_validation(per_task) + (real_validation(real, per_task) if real.is_dir() else []))
+    results |= evaluate_long(bundle, RETRIEVAL, RETRIEVAL_TOKENS, per_task)
     print(results_table(results))
     return {"per_task": per_task, "seconds": round(time.perf_counter() - began), "tasks": as_json(results)}
 

@@ -63,7 +63,7 @@ def _backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
 
     def step(carry, xs):
         x, grad, out, sums = xs
-        mean = (grad * out).sum(-1, keepdims=True, dtype=jnp.float32)
+        mean = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
 
         def meet(width, start):
             part = _keys(start, width, size, k, v, positions, segments)
