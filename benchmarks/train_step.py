@@ -103,7 +103,7 @@ def run(config_name: str = "pico", quick: bool = False) -> dict[str, Any]:
     }
 
 
-def packed_batch(config: AndesVLConfig, rows: int, pairs: int) -> Batch:
+def packed_batch(config: AndesVLConfig, rows: int, pairs: int = 1) -> Batch:
     """Rows of `pairs` times two conversations, each about a picture of noise; with one, the shape of pico's training batches."""
     rng = np.random.default_rng(0)
     packed = [[_conversation(config, rng, grid) for grid in GRIDS * pairs] for _ in range(rows)]

@@ -14,7 +14,7 @@ from andesvl_jax.config import ATTENTION_BACKENDS
 from andesvl_jax.errors import UserError
 from andesvl_jax.model import context
 from andesvl_jax.model.devices import target_platform
-from andesvl_jax.model.packed import MASKED, packed
+from andesvl_jax.model.packed import BLOCK, MASKED, packed
 from andesvl_jax.model.splash import splash
 from andesvl_jax.weights import kernel
 
@@ -88,14 +88,14 @@ def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chu
     if own and context.blocks() > 1:
         return _over_context(q, k, v, queries, causal, backend, chunk)
     if own and causal and backend == "chunked" and q.shape[1] >= LONG_ROW and queries.segments is not None and _alone_on_cpu():
-        return packed(q, k, v, queries.positions, queries.segments)
+        return packed(q, k, v, queries.positions, queries.segments, min(chunk, BLOCK))
     if own and causal and backend == "chunked" and q.shape[1] >= PIECES * SMALLEST_PIECE:
         return _in_pieces(q, k, v, queries, chunk)
     return _blocks(q, k, v, queries, keys, causal, backend, chunk)
 
 
 def _alone_on_cpu() -> bool:
-    return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
+    return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 def _blocks(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chunk: int) -> jax.Array:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # tokens
+BLOCK = 128  # tokens that are fastest together
 MASKED = -1e30  # finite, so that a padding query (nothing visible) yields a mean of values, not NaN
 
 
-def packed(q, k, v, positions, segments, block: int = BLOCK) -> jax.Array:
+def packed(q, k, v, positions, segments, block: int) -> jax.Array:
     """Causal softmax attention of a row's tokens over each other, with scale H^-0.5.
 
     Args:
@@ -78,7 +78,7 @@ def _backward(kept: Any, grad: jax.Array) -> tuple[Any, ...]:
         dq, dk, dv = _by_width(meet, x, len(q))
         return (dk, dv), dq
 
-    zero = jnp.zeros(k.shape, jnp.float32)
+    zero = jnp.zeros_like(k).astype(jnp.float32)
     parts = _parts(q, positions, segments)
     (dk, dv), dq = jax.lax.scan(step, (zero, zero), (parts, grad, out, sums))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
