@@ -42,7 +42,7 @@ NANO = {
     "alignment": Stage((1e-3,) * 3, 140, 256, 1_000, 6, 160, 112, final_fraction=0.5),
     "joint": Stage((1e-3,) * 3, 140, 256, 3_500, 6, 160, 112, final_fraction=0.5),
     "multi-task": Stage((1e-3,) * 3, 140, 512, 8_000, 3, 320, 256, final_fraction=0.5),
-    "sft": Stage((7e-4,) * 3, 140, 2048, 3_000, 1, 640, 576),
+    "sft": Stage((5e-4,) * 3, 140, 2048, 3_000, 1, 640, 576),
 }
 REAL = "out/real"  # folder of `andesvl prepare real`
 _READING = {"word": 1.0, "number": 1.0, "handwritten": 1.0}

@@ -87,10 +87,11 @@ def attend(q, k, v, queries: Place, keys: Place, causal: bool, backend: str, chu
         return splash(q, k, v, jnp.where(queries.positions < 0, -1, segments), causal)
     if own and context.blocks() > 1:
         return _over_context(q, k, v, queries, causal, backend, chunk)
-    if own and causal and backend == "chunked" and q.shape[1] >= LONG_ROW and queries.segments is not None and _alone_on_cpu():
-        return packed(q, k, v, queries.positions, queries.segments, min(chunk, BLOCK))
-    if own and causal and backend == "chunked" and q.shape[1] >= PIECES * SMALLEST_PIECE:
-        return _in_pieces(q, k, v, queries, chunk)
+    if own and causal and backend == "chunked":
+        if q.shape[1] >= LONG_ROW and queries.segments is not None and _alone_on_cpu():
+            return packed(q, k, v, queries.positions, queries.segments, min(chunk, BLOCK))
+        if q.shape[1] >= PIECES * SMALLEST_PIECE:
+            return _in_pieces(q, k, v, queries, chunk)
     return _blocks(q, k, v, queries, keys, causal, backend, chunk)
 
 
