@@ -314,7 +314,7 @@ def _evaluate(args) -> dict[str, Any]:
 
 
 def _perplexity(args) -> dict[str, Any]:
-    from andesvl_jax.data.corpus import general_text
+    from andesvl_jax.data.english import general_text
     from andesvl_jax.evaluation.perplexity import perplexity
 
     found = perplexity(_load(args.model, decode_only=True), general_text())

@@ -3,15 +3,19 @@
 Commands:
 
     andesvl train --config configs/stages.py:andesvl-1b/sft --out out/sft --set init_from=out/multi-task/model
+    andesvl train --config configs/stages.py:nano/print --out out/print --set init_from=out/multi-task/model \
+        --set model.dtype=bfloat16 --set budget.rows=15 --set data.shards=15 --set workers=15     # on one GPU with 16 cores
     python configs/stages.py            # the table of docs/stages.md
 
-The report names the pre-training stages and no number of them; rates, sizes and lengths here are this project's own.
+The report names the pre-training stages and no number of them; rates, sizes and lengths here are this project's own, and so is
+`print`, a part of nano's multi-task stage in which it learns to read small letters.
 """
 
 from dataclasses import dataclass, replace
 
 from andesvl_jax.config import CONFIGS
 from andesvl_jax.data.mixture import Mixture
+from andesvl_jax.data.registry import TASKS
 from andesvl_jax.inputs.packing import Budget
 from andesvl_jax.training.config import PARTS, Optimizer, TrainConfig, named_config
 
@@ -42,7 +46,8 @@ NANO = {
     "alignment": Stage((1e-3,) * 3, 140, 256, 1_000, 6, 160, 112, final_fraction=0.5),
     "joint": Stage((1e-3,) * 3, 140, 256, 3_500, 6, 160, 112, final_fraction=0.5),
     "multi-task": Stage((1e-3,) * 3, 140, 512, 8_000, 3, 320, 256, final_fraction=0.5),
-    "sft": Stage((5e-4,) * 3, 140, 2048, 3_000, 1, 640, 576),
+    "print": Stage((1e-3,) * 3, 280, 1024, 6_000, 2, 960, 288, final_fraction=0.5),
+    "sft": Stage((7e-4,) * 3, 280, 2048, 6_000, 1, 1600, 512),
 }
 REAL = "out/real"  # folder of `andesvl prepare real`
 _READING = {"word": 1.0, "number": 1.0, "handwritten": 1.0}
@@ -68,15 +73,20 @@ NANO_DATA = {
     # what binds a question to a place: few things with all that can be asked of them, lists, look-ups that a guess often hits
     "multi-task": _RENDERED | {"pair": 5.0, "shapes": 2.0, "widget": 2.5} | _real(0.3)
     | {"echo@128": 0.7, "niah_single@112": 1.2, "niah_single@192": 1.2},
-    "sft": _RENDERED | {"shapes": 4.0, "pair": 1.0, "word": 0.7, "number": 0.3, "handwritten": 3.0, "chart": 1.5, "screen": 4.0}
-    | {"widget": 1.0} | _real(0.3) | {"gui": 2.5} | _long(256, 0.5) | {"echo@128": 0.2, "recite@128": 0.2, "qa_two_hop@256": 0.3}
-    | {"niah_single@192": 0.5, "niah_single@512": 0.5, "niah_single@1024": 0.5, "niah_single@2048": 0.8},
+    "print": _RENDERED | {"lines": 4.0, "page": 1.0, "shapes": 0.5, "word": 0.3, "number": 0.2, "handwritten": 0.5, "chart": 0.3}
+    | {"screen": 0.4, "pair": 0.15, "widget": 0.1, "niah_single@192": 0.12, "niah_single@512": 0.06, "echo@128": 0.08}
+    | {"recite@128": 0.08, "niah_multikey@256": 0.04, "qa_two_hop@256": 0.06},
+    "sft": _RENDERED | {"lines": 1.5, "page": 1.5, "gui": 1.0, "shapes": 1.0, "word": 0.4, "number": 0.2, "handwritten": 1.5}
+    | {"chart": 0.5, "screen": 0.8, "pair": 0.25, "widget": 0.25} | _real(0.15) | _long(256, 0.2) | {"qa_two_hop@256": 0.1}
+    | {"echo@128": 0.05, "recite@128": 0.05, "niah_single@192": 0.1, "niah_single@512": 0.1, "niah_single@2048": 0.12},
 }  # fmt: skip
 NANO_STEPS = {
     "nano": {name: stage.steps for name, stage in NANO.items()},
-    "nano-siglip": {"alignment": 500, "joint": 1_500, "multi-task": 4_500, "sft": 1_200},
+    "nano-siglip": {"alignment": 500, "joint": 1_500, "multi-task": 4_500, "print": 1_500, "sft": 1_200},
 }
-RAMPS = {"joint": 4_000, "multi-task": 2_500}  # examples of a family over which its pictures fill up
+RAMPS = {  # examples of a family over which its pictures fill up
+    "joint": dict.fromkeys(TASKS, 4_000), "multi-task": dict.fromkeys(TASKS, 2_500), "print": {"lines": 100_000, "page": 24_000},
+}  # fmt: skip
 
 
 def released(model: str, stage: Stage) -> TrainConfig:
@@ -92,9 +102,10 @@ def nano(model: str, name: str) -> TrainConfig:
     """A stage of a model that ships, see experiments/nano.py."""
     stage, weights = replace(NANO[name], steps=NANO_STEPS[model][name]), NANO_DATA[name]
     files = {source: f"{REAL}/{source}/train.tar" for source in weights if source in (*_REAL, "gui")}
+    ramps = {family: examples for family, examples in RAMPS.get(name, {}).items() if family in weights}
     return TrainConfig(
         model=CONFIGS[model], budget=_budget(stage), max_size=stage.max_size, min_tokens=1,
-        data=Mixture(weights, files=files, ramp=RAMPS.get(name, 0), seed=list(NANO).index(name)),
+        data=Mixture(weights, files=files, ramps=ramps, seed=list(NANO).index(name)),
         loss_average="square", optimizer=_optimizer(stage, warmup_steps=40), steps=stage.steps, checkpoint_every=500,
     )  # fmt: skip
 

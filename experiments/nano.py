@@ -1,10 +1,11 @@
-"""A model that ships, from nothing to its card: tokenizer, four stages, evaluation beside controls, weights in bfloat16.
+"""A model that ships, from nothing to its card: tokenizer, five stages, evaluation beside controls, weights in bfloat16.
 
 Commands:
 
     andesvl prepare real --out out/real
     python experiments/nano.py                         # or nano-siglip; goes on where an interrupted run ended
     python experiments/nano.py --set steps=50 --out out/try --results out/try/results.json     # ships nothing
+    python experiments/nano.py --runs out/print out/sft --ship     # runs made elsewhere, which began with the model that ships
 
 Stages and mixtures are those of configs/stages.py. Writes results/nano.json, and with `--ship` andesvl_jax/shipped/nano.
 """
@@ -41,7 +42,7 @@ from andesvl_jax.training.metrics import environment, read_metrics
 from andesvl_jax.training.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("alignment", "joint", "multi-task", "sft")
+STAGES = ("alignment", "joint", "multi-task", "print", "sft")
 LONG_EXAMPLES, LONG_CHARACTERS = 60, 2048  # of each long-context family in the tokenizer's corpus
 FILE_EXAMPLES = 4000
 REAL = Path("out/real")
@@ -67,6 +68,7 @@ def main() -> None:
     shipped = SHIPPED / args.model if args.ship else out / "shipped"
     save(load(runs[-1] / "model", dtype="bfloat16"), shipped)
     stages = [stage_record(run) for run in runs]
+    stages = earlier_stages(runs[0], args.model, stages) + stages
     record = {"model": args.model, "stages": stages, "environment": environment(), **measure(load(shipped), REAL, args.per_task)}
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -101,9 +103,19 @@ def train_stages(model: str, out: Path, changes: Sequence[str]) -> list[Path]:
     return [out / name for name in STAGES]
 
 
+def earlier_stages(run: Path, model: str, stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the record of the model that ships says of its stages, if `run` began with that model; without `stages` themselves."""
+    begun = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]["init_from"]
+    if begun != model:
+        return []
+    record = json.loads((ROOT / "results" / f"{model}.json").read_text(encoding="utf-8"))
+    return [stage for stage in record["stages"] if stage not in stages]
+
+
 def stage_record(run: Path) -> dict[str, Any]:
     """What a run did, from its own record and metrics: steps done and planned, rate, rows, tokens, seconds, loss and data."""
-    config = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    config = record["config"]
     metrics = read_metrics(run)
     last, every = metrics[-1], max(1, len(metrics) // 100)
     budget, optimizer = config["budget"], config["optimizer"]
@@ -113,17 +125,19 @@ def stage_record(run: Path) -> dict[str, Any]:
         "name": re.sub(r"^\d+[a-z]?-", "", run.name), "steps": last["step"], "planned": config["steps"],
         "tokens": round(sum(m["tokens"] for m in metrics) / len(metrics) * last["step"]), "seconds": round(last["seconds"]),
         "loss": sum(m["loss"] for m in metrics[-SMOOTHED:]) / len(metrics[-SMOOTHED:]), "seed": config["data"]["seed"],
-        "weights": config["data"]["weights"], "curve": [[m["step"], round(m["loss"], 4)] for m in metrics[::every]],
+        "devices": record["environment"]["devices"], "weights": config["data"]["weights"], "limits": config["data"]["limits"],
+        "curve": [[m["step"], round(m["loss"], 4)] for m in metrics[::every]],
     }  # fmt: skip
 
 
 def measure(bundle: Bundle, real: Path, per_task: int) -> dict[str, Any]:
-    """What `andesvl evaluate --benchmark nano-val` prints, and its table."""
+    """What `andesvl evaluate --benchmark nano-val` prints, and the largest picture of the model in pixels each way."""
     began = time.perf_counter()
     results = evaluate(bundle, nano_validation(per_task) + (real_validation(real, per_task) if real.is_dir() else []))
     results |= evaluate_long(bundle, RETRIEVAL, RETRIEVAL_TOKENS, per_task)
     print(results_table(results))
-    return {"per_task": per_task, "seconds": round(time.perf_counter() - began), "tasks": as_json(results)}
+    size = bundle.image_processor.max_size
+    return {"max_size": size, "per_task": per_task, "seconds": round(time.perf_counter() - began), "tasks": as_json(results)}
 
 
 def write_card(record: dict[str, Any], shipped: Path, real: Path) -> None:

@@ -1,16 +1,12 @@
-"""The text that `nano`'s tokenizer is trained on, and the training: byte-level BPE in the form of Qwen's tokenizer.
+"""The text that `nano`'s tokenizer is trained on, and the training: byte-level BPE in the form of Qwen's tokenizer."""
 
-General English comes with installed packages: Python's own help topics and scikit-learn's data set descriptions.
-"""
-
-import importlib.util
-import pydoc_data.topics
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from andesvl_jax.data.english import general_text
 from andesvl_jax.data.registry import TASKS, render
 from andesvl_jax.data.sources import open_source
 from andesvl_jax.errors import UserError
@@ -28,16 +24,6 @@ def lower_capital_runs(text: str) -> str:
     Words in pictures are then spelled letter by letter, and reading carries over to strings never seen.
     """
     return CAPITAL_RUN.sub(lambda run: run.group().lower(), text)
-
-
-def general_text() -> Iterator[str]:
-    """Python's help topics and scikit-learn's data set descriptions, in a fixed order."""
-    for _, text in sorted(pydoc_data.topics.topics.items()):
-        yield text
-    # The folder is found without importing scikit-learn, which takes a second.
-    package = Path(importlib.util.find_spec("sklearn").origin).parent
-    for path in sorted((package / "datasets" / "descr").glob("*.rst")):
-        yield path.read_text(encoding="utf-8")
 
 
 def corpus(seed: int, examples: int = EXAMPLES) -> Iterator[str]:

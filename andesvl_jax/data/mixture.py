@@ -32,7 +32,7 @@ class Mixture:
     """
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
-    ramp: int = 0  # examples of a family over which its pictures fill up from one thing to many
+    ramps: Mapping[str, int] = field(default_factory=dict)  # family -> examples over which its pictures fill up to many things
     split: str = "train"
     seed: int = 0
     files: Mapping[str, str] = field(default_factory=dict)  # name of a source -> file, see `data.sources`
@@ -51,8 +51,9 @@ class Mixture:
         taken = sorted(set(self.files) & set(TASKS))
         if taken:
             raise UserError(f"data.files names {taken[0]!r}, which is a task family; expected another name.")
-        if unweighted := sorted(set(self.limits) - set(self.weights)):
-            raise UserError(f"data.limits names {unweighted[0]!r}, expected one of {', '.join(self.weights)}.")
+        for name in ("limits", "ramps"):
+            if unweighted := sorted(set(getattr(self, name)) - set(self.weights)):
+                raise UserError(f"data.{name} names {unweighted[0]!r}, expected one of {', '.join(self.weights)}.")
         if not any(weight > 0 for weight in self.weights.values()):
             raise UserError(
                 f"data.weights is {dict(self.weights)}: the dataset is empty, expected a positive weight for some source."
@@ -109,7 +110,7 @@ def _records(mixture: Mixture, name: str, count: Count | None) -> grain.MapDatas
 
 def _rendered(mixture: Mixture, name: str, count: Count | None) -> Rendered | RenderedLong:
     if name in TASKS:
-        return Rendered(name, mixture.seed, mixture.split, mixture.ramp)
+        return Rendered(name, mixture.seed, mixture.split, mixture.ramps.get(name, 0))
     if count is None:
         raise UserError(f"data.weights names {name!r}, whose length needs the model's tokenizer; expected it beside the mixture.")
     family, tokens = long_name(name)

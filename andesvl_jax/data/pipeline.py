@@ -5,11 +5,14 @@ every batch. A host works for some of the shards, so the number of hosts changes
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
+import jax
 import numpy as np
+from absl import flags
 from grain import experimental as grain_experimental
 from PIL import Image
 
@@ -24,6 +27,7 @@ from andesvl_jax.inputs.tokenizer import Tokenizer
 
 LOOK_AHEAD = 32  # samples of a shard that a row is chosen from; from 16 to 64 rows fill by 1 % more (benchmarks/packing.py)
 THREADS = 2  # that prepare samples of a shard
+AHEAD = 2  # batches that a process is ahead by
 FEW = 1000  # drawn examples below which the share of bad ones is taken of this number
 
 Unit = Sample | tuple[Sample, ...]  # what stays together in one row: a conversation, or both answers of a preference pair
@@ -81,7 +85,7 @@ class PackedBatches(grain.IterDataset[Batch]):
         if budget.rows % shards:
             raise UserError(f"data.shards is {shards}, expected a divisor of budget.rows = {budget.rows}.")
         if shards % hosts:
-            raise UserError(f"data.shards is {shards}, expected a multiple of the number of hosts, {hosts}.")
+            raise UserError(f"data.shards is {shards}, expected a multiple of the number of hosts times workers, {hosts}.")
         self.units, self.budget, self.patch_features, self.shards, self.max_bad = units, budget, patch_features, shards, max_bad
         self.own = range(host * shards // hosts, (host + 1) * shards // hosts)
 
@@ -121,6 +125,86 @@ class PackedIterator(grain.DatasetIterator[Batch]):
 def join_states(states: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """One state that any host of any number of hosts can start from, made of those of all hosts of a run."""
     return {shard: place for state in states for shard, place in state.items()}
+
+
+class PackedByProcesses(grain.IterDataset[Batch]):
+    """The same batches, each part of their rows made by a process of its own.
+
+    Args:
+      parts: as one process would make them each; their shards are different ones.
+    """
+
+    def __init__(self, parts: Sequence[PackedBatches]):
+        super().__init__()
+        self.parts = parts
+
+    def __iter__(self) -> "_JoinedIterator":
+        return _JoinedIterator(self.parts)
+
+
+class _JoinedIterator(grain.DatasetIterator[Batch]):
+    """Rows of all parts, side by side. State: that of the parts, joined."""
+
+    def __init__(self, parts: Sequence[PackedBatches]):
+        super().__init__()
+        self._parts = parts
+        self._state: dict[str, dict[str, Any]] | None = None
+        self._running: list[grain.DatasetIterator[tuple[Batch, dict[str, Any]]]] = []
+
+    def __next__(self) -> Batch:
+        if not self._running:
+            if not flags.FLAGS.is_parsed():  # Grain asks them when it starts a process
+                flags.FLAGS.mark_as_parsed()
+            alone = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=AHEAD)
+            self._running = [iter(_Told(part, self._state).mp_prefetch(alone)) for part in self._parts]
+        with ThreadPoolExecutor(len(self._running)) as pool:  # a process starts when it is first asked, all at once here
+            rows, states = zip(*pool.map(next, self._running))
+        self._state = join_states(states)
+        return jax.tree.map(lambda *x: np.concatenate(x), *rows)
+
+    def get_state(self) -> dict[str, dict[str, Any]]:
+        return join_states(iter(part).get_state() for part in self._parts) if self._state is None else self._state
+
+    def set_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """Raises UserError as `PackedIterator.set_state`, with the next batch."""
+        self.close()
+        self._state = state
+
+    def close(self) -> None:
+        for part in self._running:
+            part.close()
+        self._running = []
+
+
+class _Told(grain.IterDataset):
+    """(batch, state after it) of a packer that begins at a state."""
+
+    def __init__(self, packed: PackedBatches, start: dict[str, Any] | None):
+        super().__init__()
+        self._packed, self._start = packed, start
+
+    def __iter__(self) -> "_ToldIterator":
+        packed = iter(self._packed)
+        if self._start is not None:
+            packed.set_state(self._start)
+        return _ToldIterator(packed)
+
+
+class _ToldIterator(grain.DatasetIterator):
+    """Its own state is not asked for: it is in what it gives."""
+
+    def __init__(self, packed: PackedIterator):
+        super().__init__()
+        self._packed = packed
+
+    def __next__(self) -> tuple[Batch, dict[str, Any]]:
+        return next(self._packed), self._packed.get_state()
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        pass
 
 
 class _Shard:
@@ -182,9 +266,18 @@ class _Shard:
 
 def batches(
     mixture: Mixture, tokenizer: Tokenizer, processor: ImageProcessor, budget: Budget, patch_features: int, average="token",
-    host: int = 0, hosts: int = 1,
+    host: int = 0, hosts: int = 1, workers: int = 0,
 ):  # fmt: skip
-    """The training input of a host: an endless Grain dataset of packed batches, prepared ahead in threads."""
+    """The training input of a host: an endless Grain dataset of packed batches, prepared ahead in threads or processes.
+
+    Args:
+      workers: processes of a host, which share its shards; 0: threads of this one, for which Python has one core.
+    """
     samples = samples_of(mixture, tokenizer, processor, average)
-    packed = PackedBatches(samples, budget, patch_features, mixture.shards, host, hosts, mixture.max_bad)
+    hosts *= max(1, workers)
+    parts = [
+        PackedBatches(samples, budget, patch_features, mixture.shards, part, hosts, mixture.max_bad)
+        for part in range(host * max(1, workers), (host + 1) * max(1, workers))
+    ]
+    packed = PackedByProcesses(parts) if workers else parts[0]
     return grain_experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from andesvl_jax.data import tasks_chart, tasks_digits, tasks_screen, tasks_shapes, tasks_text
+from andesvl_jax.data import tasks_chart, tasks_digits, tasks_page, tasks_print, tasks_screen, tasks_shapes, tasks_text
 from andesvl_jax.data.examples import MANY, SPLITS, Example, in_validation
 from andesvl_jax.errors import UserError
 
@@ -20,10 +20,12 @@ TASKS: dict[str, Callable[[np.random.Generator, str, int], Example]] = {
     "chart": tasks_chart.render_chart,
     "screen": tasks_screen.render_screen,
     "widget": tasks_screen.render_widget,
+    "lines": tasks_print.render_lines,
+    "page": tasks_page.render_page,
 }
 WORDINGS: dict[str, tuple[str, ...]] = {
     task: wordings
-    for module in (tasks_shapes, tasks_text, tasks_digits, tasks_chart, tasks_screen)
+    for module in (tasks_shapes, tasks_text, tasks_digits, tasks_chart, tasks_screen, tasks_print, tasks_page)
     for task, wordings in module.WORDINGS.items()
 }
 

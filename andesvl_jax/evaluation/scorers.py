@@ -17,7 +17,7 @@ BOX_TASKS = (
     "map_box",
     "ocr_where",
 )  # objects: intersection over union at least one half
-CENTRE_TASKS = ("grounding", "screen_qa")  # widgets: a tap on the centre of the predicted box hits
+CENTRE_TASKS = ("grounding", "screen_qa", "page_grounding")  # widgets: a tap on the centre of the predicted box hits
 FOUND_TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe", "fwe", "qa_two_hop")
 FACT_TASKS = ("dialogue",)
 

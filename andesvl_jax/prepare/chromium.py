@@ -101,10 +101,10 @@ class Browser:
             self._receive(end)
         self.wait(settle)
 
-    def resize(self, size: tuple[int, int], phone: bool) -> None:
-        """Makes the window `size` pixels large; a phone minds the page's own word on its width."""
+    def resize(self, size: tuple[int, int], density: int, phone: bool) -> None:
+        """Makes the window `size` CSS pixels of density^2 pixels each; a phone minds the page's own word on its width."""
         width, height = size
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=density, mobile=phone)
 
     def wait(self, seconds: float) -> None:
         """Lets the page work."""
@@ -119,7 +119,7 @@ class Browser:
 
     def screenshot(self) -> bytes:
         """The window as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png", optimizeForSpeed=True)["data"])
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the protocol and its result."""

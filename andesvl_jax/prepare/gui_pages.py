@@ -74,7 +74,9 @@ CARD = Card(
     held_out="Two other frameworks are never fetched, so that they stay unseen.",
     questions=8_300,
 )
-WINDOWS = {"phone": (375, 720), "tablet": (768, 1024), "desktop": (1280, 800)}  # pixels
+WINDOWS = {"phone": (375, 720), "tablet": (768, 1024), "desktop": (1280, 800)}  # CSS pixels
+DENSITY = 2  # pixels of a CSS pixel, as screens of phones have: letters are twice as high as in the style sheet
+LOOKS = {"train": 1, "validation": 3}  # of a window: themes that it is seen in; few pages are validation
 THEMES = ("plain", "plain", "dark", "tinted")
 SCROLLS = 3  # screens of a page in one window, at most
 SCROLL_BY = 0.85  # of the window's height
@@ -108,8 +110,8 @@ def items_of(browser: Browser, template: Template, files: Mapping[str, bytes], s
         rng = np.random.default_rng([seed, number])
         split = split_of(contents[page])
         count = 0
-        for screen in screens(rng, browser, files, page, template.own_dark):
-            for view in views(rng, _askable(screen, asked, split), side):
+        for screen in screens(rng, browser, files, page, template.own_dark, LOOKS[split]):
+            for view in views(rng, _askable(screen, asked, split), DENSITY * (side + 1) - 1):
                 turns = turns_about(rng, view, [pick(rng, met[split]) for _ in range(8) if met[split]])
                 picture = png(view.picture)
                 if split == "train":
@@ -137,18 +139,18 @@ def _askable(screen: Screen, asked: Counter[tuple[str, str]], split: str) -> Scr
 
 
 def screens(
-    rng: np.random.Generator, browser: Browser, files: Mapping[str, bytes], page: str, own_dark: bool
+    rng: np.random.Generator, browser: Browser, files: Mapping[str, bytes], page: str, own_dark: bool, looks: int
 ) -> Iterator[Screen]:
-    """What each window shows of a page, in a theme of its own, from the top downwards."""
+    """What each window shows of a page, `looks` times, in a theme of its own each, from the top downwards."""
     script = SCRIPT.read_text(encoding="utf-8")
     browser.open(files, page, SETTLE)
-    for name in WINDOWS:
-        browser.resize(WINDOWS[name], phone=name == "phone")
+    for name in [name for name in WINDOWS for _ in range(looks)]:
+        browser.resize(WINDOWS[name], DENSITY, phone=name == "phone")
         browser.evaluate(f"{theme_script(rng, own_dark)}; scrollTo(0, 0)")
         browser.wait(REDRAW)
         for scroll in range(SCROLLS):
             found: dict[str, Any] = browser.evaluate(script)
-            yield read_screen(found, open_picture(browser.screenshot()))
+            yield read_screen(found, open_picture(browser.screenshot()), DENSITY)
             top = int((scroll + 1) * SCROLL_BY * found["height"])
             if top + found["height"] * (1 - SCROLL_BY) >= found["bottom"]:
                 break

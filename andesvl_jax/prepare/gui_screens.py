@@ -1,6 +1,7 @@
 """Screens of rendered pages: widgets with boxes from the DOM, views of them that small models can read, questions about them.
 
 What counts as a widget is said in `screen.js`. Boxes are pixels of the screen, then of a view of it, then 0..1000 of the view.
+Letters are measured in CSS pixels, so that a denser screen shows the same larger.
 """
 
 import io
@@ -18,8 +19,8 @@ from andesvl_jax.data.examples import Turn, pick
 from andesvl_jax.data.tasks_screen import WORDINGS as SCREEN_WORDINGS
 from andesvl_jax.errors import UserError
 
-SMALLEST_TEXT = 9  # pixels per em in a view
-SMALLEST_SCALE = 0.6  # of a crop: pages set most texts in 14 to 16 pixels
+SMALLEST_TEXT = 9  # CSS pixels per em in a view
+SMALLEST_SCALE = 0.6  # of a crop: pages set most texts in 14 to 16 CSS pixels
 LONGEST_TEXT = 40  # characters
 SYMBOLS = "\u2190"  # arrows, signs and emoji begin here, which no tokenizer of words should have to say
 INK = 48  # grey levels between the darkest and the lightest part of a widget that can be read
@@ -58,7 +59,7 @@ WORDINGS = {
 
 @dataclass(frozen=True)
 class Widget:
-    """Something to tap: its box in pixels, its text, whether that can be seen, and pixels per em of its smallest letters."""
+    """Something to tap: its box in pixels, its text, whether that can be seen, and CSS pixels per em of its smallest letters."""
 
     kind: str
     text: str
@@ -76,14 +77,14 @@ class Screen:
     texts: Counter[str]
 
 
-def read_screen(found: dict[str, Any], picture: Image.Image) -> Screen:
-    """The value of `screen.js` and the screenshot; boxes that leave it are dropped.
+def read_screen(found: dict[str, Any], picture: Image.Image, density: int) -> Screen:
+    """The value of `screen.js`, in CSS pixels, and the screenshot, `density` as many each way; boxes that leave it are dropped.
 
     Raises:
       UserError: the value is of another form, as a page can make it that changes what scripts are built on.
     """
     try:
-        reported = [_widget(entry) for entry in found["widgets"][:MOST_WIDGETS]]
+        reported = [_widget(entry, density) for entry in found["widgets"][:MOST_WIDGETS]]
         texts = Counter(str(text).lower() for text in found["texts"])
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"screen: reports widgets that cannot be read ({error}), expected boxes, texts and sizes.") from error
@@ -96,9 +97,9 @@ def read_screen(found: dict[str, Any], picture: Image.Image) -> Screen:
     return Screen(picture, tuple(widgets), texts)
 
 
-def _widget(entry: dict[str, Any]) -> tuple[Widget, bool]:
+def _widget(entry: dict[str, Any], density: int) -> tuple[Widget, bool]:
     """A reported widget, and whether it is wholly to be seen."""
-    x1, y1, x2, y2 = (float(edge) for edge in entry["box"])
+    x1, y1, x2, y2 = (density * float(edge) for edge in entry["box"])
     widget = Widget(str(entry["kind"]), str(entry["text"]), bool(entry["seen"]), (x1, y1, x2, y2), float(entry["size"]))
     return widget, entry["whole"] is True
 
@@ -125,27 +126,39 @@ def _is_inked(grey: np.ndarray, widget: Widget) -> bool:
 def views(rng: np.random.Generator, screen: Screen, side: int) -> Iterator[Screen]:
     """The whole screen, where its texts stay legible in `side` pixels, and crops, as they are or shrunk. Each has two widgets."""
     scale = min(1.0, side / max(screen.picture.size))
-    whole = _scaled(screen, scale)
-    if len(whole.widgets) >= 2:
-        yield whole
+    everything = (0, 0, *screen.picture.size)
+    if len(widgets := _legible(screen, everything, scale)) >= 2:
+        yield _view(screen, everything, scale, widgets)
     taken: list[Box] = []
     for _ in range(TRIES if screen.widgets and scale < 1 else 0):
         zoom = 1.0 if rng.random() < 0.5 else rng.uniform(SMALLEST_SCALE, 1)
         area = _area(rng, screen, int(side / zoom))
-        part = _scaled(_cropped(screen, area), zoom)
-        if len(part.widgets) >= 2 and len(taken) < VIEWS and all(_overlap(area, other) < MOST_SHARED for other in taken):
+        widgets = _legible(screen, area, zoom)
+        if len(widgets) >= 2 and len(taken) < VIEWS and all(_overlap(area, other) < MOST_SHARED for other in taken):
             taken.append(area)
-            yield part
+            yield _view(screen, area, zoom, widgets)
 
 
-def _scaled(screen: Screen, scale: float) -> Screen:
-    size = tuple(max(1, round(edge * scale)) for edge in screen.picture.size)
-    widgets = tuple(
-        replace(widget, box=tuple(edge * scale for edge in widget.box), size=widget.size * scale)
+def _legible(screen: Screen, area: Box, scale: float) -> tuple[Widget, ...]:
+    """The widgets that are whole in a part of the screen and can be read at its scale, as they stand there."""
+    left, top, right, bottom = area
+    return tuple(
+        replace(
+            widget,
+            box=tuple((edge - corner) * scale for edge, corner in zip(widget.box, (left, top) * 2, strict=True)),
+            size=widget.size * scale,
+        )
         for widget in screen.widgets
-        if widget.size * scale >= SMALLEST_TEXT
-    )
-    picture = screen.picture if scale == 1 else screen.picture.resize(size, Image.Resampling.LANCZOS)
+        if left <= widget.box[0] and top <= widget.box[1] and widget.box[2] <= right and widget.box[3] <= bottom
+        and widget.size * scale >= SMALLEST_TEXT
+    )  # fmt: skip
+
+
+def _view(screen: Screen, area: Box, scale: float, widgets: tuple[Widget, ...]) -> Screen:
+    picture = screen.picture.crop(area)
+    if scale != 1:
+        size = tuple(max(1, round(edge * scale)) for edge in picture.size)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
     return replace(screen, picture=picture, widgets=widgets)
 
 
@@ -156,16 +169,6 @@ def _area(rng: np.random.Generator, screen: Screen, side: int) -> Box:
     left = int(np.clip(x1 - rng.random() * max(0, width - (x2 - x1)), 0, screen.picture.width - width))
     top = int(np.clip(y1 - rng.random() * max(0, height - (y2 - y1)), 0, screen.picture.height - height))
     return left, top, left + width, top + height
-
-
-def _cropped(screen: Screen, area: Box) -> Screen:
-    left, top, right, bottom = area
-    widgets = tuple(
-        replace(widget, box=(widget.box[0] - left, widget.box[1] - top, widget.box[2] - left, widget.box[3] - top))
-        for widget in screen.widgets
-        if left <= widget.box[0] and top <= widget.box[1] and widget.box[2] <= right and widget.box[3] <= bottom
-    )
-    return replace(screen, picture=screen.picture.crop(area), widgets=widgets)
 
 
 def _overlap(one: Box, other: Box) -> float:

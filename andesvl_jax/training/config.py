@@ -45,6 +45,7 @@ class TrainConfig:
     min_tokens: int = 4  # pictures with fewer visual tokens are scaled up
     optimizer: Optimizer = Optimizer()
     mesh: str | None = None  # "data=2,fsdp=-1", see `training.sharding.make_mesh`; None: one device
+    workers: int = 0  # processes of a host that make batches; 0: threads, enough where a step takes long
     steps: int = 1000
     seed: int = 0
     log_every: int = 20
@@ -55,6 +56,10 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"training field {name}: found {getattr(self, name)}, expected at least 1.")
+        if self.workers < 0 or self.data.shards % max(1, self.workers):
+            raise UserError(
+                f"training field workers: found {self.workers}, expected 0 or a divisor of data.shards = {self.data.shards}."
+            )
         if self.optimizer.warmup_steps >= self.steps:
             raise UserError(
                 f"training field steps: found {self.steps}, expected more than warmup_steps = {self.optimizer.warmup_steps}."

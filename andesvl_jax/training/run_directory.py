@@ -18,7 +18,7 @@ from andesvl_jax.training.config import PARTS, TrainConfig
 # Fields, with all inside them, that a resumed run may change: how long, how fast and where it trains, not what it is.
 MAY_CHANGE = (
     "steps", "log_every", "checkpoint_every", "keep", "mesh", "init_from", "tokenizer", "optimizer", "data.files",
-    "data.image_root", "data.max_bad",
+    "data.image_root", "data.max_bad", "workers",
 )  # fmt: skip
 
 

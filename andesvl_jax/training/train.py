@@ -190,7 +190,8 @@ def _train(config: TrainConfig, out: Path, manager, resume, command: str, profil
     model = config.model.replace(image_token_id=tokenizer.image_token_id)
     processor = ImageProcessor.from_hf({"min_tokens": config.min_tokens}, model.vision, max_size=config.max_size)
     features, average = model.vision.patch_features, config.loss_average
-    data = on_devices(batches(config.data, tokenizer, processor, config.budget, features, average, share, shares), mesh)
+    made = batches(config.data, tokenizer, processor, config.budget, features, average, share, shares, config.workers)
+    data = on_devices(made, mesh)
     if resume:
         state = restore_latest(manager, abstract_state(config, mesh), data)
     else:

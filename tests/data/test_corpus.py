@@ -7,7 +7,8 @@ import unicodedata
 import pytest
 from tokenizers import Tokenizer
 
-from andesvl_jax.data.corpus import VOCAB_SIZE, corpus, general_text, lower_capital_runs, train_tokenizer
+from andesvl_jax.data.corpus import VOCAB_SIZE, corpus, lower_capital_runs, train_tokenizer
+from andesvl_jax.data.english import general_text
 from andesvl_jax.data.registry import WORDINGS
 from andesvl_jax.data.tasks_text import ENGLISH
 from andesvl_jax.errors import UserError

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from andesvl_jax.data import tasks_chart, tasks_digits, tasks_screen, tasks_shapes
-from andesvl_jax.data.drawing import TOKEN_SIDE
+from andesvl_jax.data import tasks_chart, tasks_digits, tasks_print, tasks_screen, tasks_shapes
+from andesvl_jax.data.drawing import TOKEN_SIDE, print_mask, text_mask
 from andesvl_jax.data.examples import Example
 from andesvl_jax.data.registry import SPLITS, TASKS, WORDINGS, in_validation, render
 from andesvl_jax.errors import UserError
@@ -33,6 +33,10 @@ TASK_NAMES = {
     "scene",
     "bars",
     "labels",
+    "line",
+    "lines",
+    "page_referring",
+    "page_grounding",
 }
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 LARGEST_MAJORITY = {
@@ -52,7 +56,12 @@ LARGEST_MAJORITY = {
     "scene": 0.02,
     "bars": 0.02,
     "labels": 0.02,
+    "line": 0.02,
+    "lines": 0.02,
+    "page_referring": 0.02,
+    "page_grounding": 0.02,
 }
+LARGEST = {"lines": 279, "page": 279}  # pixels; 139 elsewhere
 
 
 @functools.cache
@@ -123,7 +132,8 @@ def test_pictures_are_small_rgb_and_one_pixel_short_of_whole_tokens_where_it_mat
             (picture,) = example.images
             assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
             height, width = picture.shape[:2]
-            assert 24 <= height <= 139 and 24 <= width <= 139
+            most = LARGEST.get(family, 139)
+            assert 24 <= height <= most and 24 <= width <= most
             assert family == "handwritten" or (height % TOKEN_SIDE == width % TOKEN_SIDE == TOKEN_SIDE - 1)
             assert 1 <= len(example.turns) <= 6
             assert picture.max() > picture.min()
@@ -251,6 +261,52 @@ def test_screen_answers_agree_with_each_other():
                 (label,), box = names, box_of(turn.answer)
             assert labels[label] in (None, box)
             labels[label] = box
+
+
+def test_lines_show_their_text_and_get_closer_by_level():
+    """The ink is that of the text, whole; a level is told from the next by how far its characters stand apart."""
+    pitches = {}
+    for level in range(1, 6):
+        found = []
+        for index in range(150):
+            (turn,), (picture,) = (example := render("lines", SEED, index, "train", level)).turns, example.images
+            assert turn.task == "line" and turn.answer == example.content.removeprefix("lines ")
+            edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]]).mean(axis=1)
+            ink = np.abs(picture.mean(axis=2) - np.median(edge)) > 60
+            columns = np.flatnonzero(ink.any(0))
+            if len(turn.answer) > 4:
+                found.append((columns[-1] - columns[0]) / len(turn.answer))
+        pitches[level] = np.median(found)
+    assert list(pitches.values()) == sorted(pitches.values(), reverse=True) and pitches[1] > 22 > 17 > pitches[5]
+    several = [render("lines", SEED, index, "train") for index in range(200)]
+    assert {len(example.turns[0].answer.split("\n")) for example in several} == {1, 2, 3, 4}
+
+
+def test_cached_glyphs_print_what_the_font_prints():
+    """But for kerning and rounded steps of the pen: the same height, nearly the same width and as much ink."""
+    for text in ("Read me", "jumping", "WAVE 10%", "l"):
+        for font in tasks_print.PRINT_FONTS:
+            quick, whole = (np.asarray(mask(text, font, 26), float) for mask in (print_mask, text_mask))
+            assert abs(quick.shape[0] - whole.shape[0]) <= 1 and abs(quick.shape[1] - whole.shape[1]) <= 1 + 2 * len(text)
+            assert quick.sum() == pytest.approx(whole.sum(), rel=0.03)
+
+
+def test_page_boxes_hold_their_text_whole():
+    """Every widget asked about is inside the picture, apart from the others, and shows something in its box."""
+    for example in examples("page", "train")[:300]:
+        (picture,) = example.images
+        found = {}
+        for turn in example.turns:
+            box = box_of(turn.question if turn.task == "page_referring" else turn.answer)
+            found.setdefault(box, set()).add(turn.answer if turn.task == "page_referring" else "")
+            x1, y1, x2, y2 = (edge * size / 1000 for edge, size in zip(box, picture.shape[1::-1] * 2, strict=True))
+            inside = picture[int(y1) + 3 : int(y2) - 1, int(x1) + 3 : int(x2) - 1]
+            assert np.ptp(inside, axis=(0, 1)).max() > 60, turn  # of 255 in some colour
+            assert 0 <= x1 < x2 <= picture.shape[1] and 0 <= y1 < y2 <= picture.shape[0]
+        assert all(len(texts - {""}) <= 1 for texts in found.values())
+        boxes = list(found)
+        for i, (x1, y1, x2, y2) in enumerate(boxes):
+            assert all(x2 <= a1 + 1 or a2 <= x1 + 1 or y2 <= b1 + 1 or b2 <= y1 + 1 for a1, b1, a2, b2 in boxes[i + 1 :])
 
 
 def test_purposes_name_one_label_each():

@@ -22,10 +22,10 @@ def run(tmp_path):
     folder = tmp_path / "2-joint"
     folder.mkdir()
     config = {
-        "steps": 400, "budget": {"rows": 6, "tokens": 256}, "optimizer": {"decoder": 7e-4, "final_fraction": 0.02},
-        "data": {"seed": 3, "weights": {"word": 1.0, "niah_single@128": 0.5}},
+        "init_from": None, "steps": 400, "budget": {"rows": 6, "tokens": 256}, "optimizer": {"decoder": 7e-4, "final_fraction": 0.02},
+        "data": {"seed": 3, "weights": {"word": 1.0, "niah_single@128": 0.5, "maps": 0.2}, "limits": {"maps": 250}},
     }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps({"config": config}))
+    (folder / "run.json").write_text(json.dumps({"config": config, "environment": {"devices": "1 x abacus"}}))
     lines = [
         {"step": step, "tokens": 1000.0 + step, "seconds": step / 2, "loss": 2.0 - step / 200} for step in (1, 100, 200, 300)
     ]
@@ -43,11 +43,23 @@ def test_the_card_tells_every_stage_and_task_and_each_target_that_is_missed(nano
     row = {"low": 0.5, "high": 0.7, "blind": 0.1, "shuffled": 0.12, "n": 500, "by_depth": ()}
     tasks = {"count": row | {"accuracy": 0.99}, "colour": row | {"accuracy": 0.61}, "emoji/emoji_name": row | {"accuracy": 0.6}}
     record = {
-        "model": "nano", "stages": [nano.stage_record(run)], "environment": {"devices": "1 x cpu", "machine": "x86_64"},
+        "model": "nano", "stages": [nano.stage_record(run)], "environment": {}, "max_size": 280,
         "per_task": 500, "seconds": 10, "tasks": tasks,
     }  # fmt: skip
     parameters = dict.fromkeys(("total", "vision", "projector", "decoder"), 1_234_567)
     text = nano.card(record, {"parameters": parameters, "bytes_on_disk": 2_469_134})
-    assert "| 300 of 400 | 6 x 256 | 0.0007, 2 % |" in text and "niah_single@128 0.5" in text and "1,234,567" in text
+    assert "| joint | 1 x abacus | 300 of 400 | 6 x 256 | 0.0007, 2 % |" in text and "maps 0.2 (250) |" in text and "niah_single@128 0.5" in text and "1,234,567" in text
     assert all(f"| {name} |" in text for name in tasks) and "| 61.0 % | 50.0-70.0 |" in text
     assert "- colour: 61.0 % of 95 %" in text and "- count:" not in text and "- nothing" not in text
+
+
+def test_a_run_that_began_with_the_model_that_ships_goes_on_with_its_stages(nano, run, tmp_path, monkeypatch):
+    earlier, later = {"name": "alignment", "steps": 7}, nano.stage_record(run)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "nano.json").write_text(json.dumps({"stages": [earlier, later]}))
+    monkeypatch.setattr(nano, "ROOT", tmp_path)
+    assert nano.earlier_stages(run, "nano", [later]) == [], "it began with nothing"
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["init_from"] = "nano"
+    (run / "run.json").write_text(json.dumps(record))
+    assert nano.earlier_stages(run, "nano", [later]) == [earlier], "a second card of the same runs names none twice"

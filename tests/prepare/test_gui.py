@@ -125,11 +125,12 @@ def test_what_a_page_reports_is_checked():
         entry | {"whole": False},
         entry | {"box": [9, 5, 9, 20]},
     ]
-    found = read_screen({"widgets": [entry, *odd], "texts": ["Home", "Welcome"]}, Image.new("RGB", (100, 100)))
-    assert [w.text for w in found.widgets] == ["Home"] and found.texts == {"home": 6, "welcome": 1}
+    found = read_screen({"widgets": [entry, *odd], "texts": ["Home", "Welcome"]}, Image.new("RGB", (200, 200)), density=2)
+    assert [(w.text, w.box, w.size) for w in found.widgets] == [("Home", (10, 10, 100, 40), 12)], "letters stay CSS pixels"
+    assert found.texts == {"home": 6, "welcome": 1}
     for broken in ({"texts": []}, {"widgets": [{}], "texts": []}, {"widgets": [entry | {"box": [1, 2, "x", 4]}], "texts": []}):
         with pytest.raises(avl.UserError, match="screen: reports widgets that cannot be read"):
-            read_screen(broken, Image.new("RGB", (9, 9)))
+            read_screen(broken, Image.new("RGB", (9, 9)), density=1)
 
 
 PAGE = '<title>T</title><style>p{}</style><a href=#>Menu</a><p>%s</p><input placeholder=" Your\n name "><script>"no"</script>'
@@ -165,8 +166,8 @@ class MadeUpBrowser:
     def open(self, files, page, settle):
         self._shown = self._screens[page]
 
-    def resize(self, size, phone):
-        pass
+    def resize(self, size, density, phone):
+        self._density = density
 
     def wait(self, seconds):
         pass
@@ -177,7 +178,7 @@ class MadeUpBrowser:
         return out.getvalue()
 
     def evaluate(self, script):
-        widgets = [vars(w) | {"whole": True, "box": list(w.box)} for w in self._shown.widgets]
+        widgets = [vars(w) | {"whole": True, "box": [edge / self._density for edge in w.box]} for w in self._shown.widgets]
         return {"widgets": widgets, "texts": [], "height": 520, "bottom": 520}
 
 
@@ -246,12 +247,12 @@ def test_boxes_of_a_real_page_are_its_pixels_and_nothing_else_is_reached():
     files = {"dist/index.html": HTML.encode(), "dist/site.css": CSS.encode()}
     with chromium.Browser() as browser:
         browser.open(files, "dist/index.html", 0.5)
-        browser.resize((400, 600), phone=False)
+        browser.resize((400, 600), density=2, phone=False)
         assert browser.evaluate("[document.body.dataset.net, document.body.dataset.file]") == ["refused", "refused"]
         picture = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
-        shown = read_screen(browser.evaluate(gui_pages.SCRIPT.read_text()), picture)
+        shown = read_screen(browser.evaluate(gui_pages.SCRIPT.read_text()), picture, density=2)
         widgets = {widget.text: widget for widget in shown.widgets}
-        assert picture.size == (400, 600)
+        assert picture.size == (800, 1200)
         assert set(widgets) == {"Reports", "Save all", "Remember me", "Your name", "Two", ""}
         assert [widgets[text].kind for text in ("Reports", "Save all", "Remember me", "Two")] == [
             "link",

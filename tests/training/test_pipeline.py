@@ -12,7 +12,7 @@ from tiny import random_sample, tiny_config
 
 from andesvl_jax.data.examples import Example, Turn
 from andesvl_jax.data.mixture import RESIZES, Bad, Mixture, examples
-from andesvl_jax.data.pipeline import LOOK_AHEAD, PackedBatches, batches, join_states, samples_of, scaled, to_sample
+from andesvl_jax.data.pipeline import LOOK_AHEAD, PackedBatches, PackedByProcesses, batches, join_states, samples_of, scaled, to_sample
 from andesvl_jax.data.sources import messages_of
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
@@ -101,13 +101,38 @@ def test_hosts_make_the_rows_of_one_host_also_after_their_number_changes(tiny_ru
         state = join_states(worker.get_state() for worker in workers)
 
 
+def test_processes_make_the_rows_of_threads_also_after_a_resume_with_other_ones(tiny_run):
+    """Threads, then two processes from their state, then threads from that of the processes: one order of batches."""
+    mixture = Mixture(tiny_run.data.weights, shards=2)
+    tokenizer, features = Tokenizer.load(tiny_run.tokenizer), tiny_run.model.vision.patch_features
+    processor = ImageProcessor.from_hf({}, tiny_run.model.vision)
+    make = lambda workers: iter(batches(mixture, tokenizer, processor, tiny_run.budget, features, workers=workers))  # noqa: E731
+    alone = make(0)
+    expected, state = [next(alone) for _ in range(6)], None
+    for start, workers in ((0, 0), (2, 2), (4, 0)):
+        made = make(workers)
+        if state is not None:
+            made.set_state(json.loads(json.dumps(state)))
+        for batch in expected[start : start + 2]:
+            assert_equal(next(made), batch)
+        state = made.get_state()
+        made.close()
+    assert set(state) == set(make(2).get_state()) == {"0", "1"}, "also before the first batch"
+
+
+def test_what_a_process_finds_wrong_is_said_here(tiny_run):
+    bad = grain.MapDataset.range(10).map(lambda i: Bad(f"record {i} is odd")).repeat()
+    with pytest.raises(UserError, match="records so far cannot be learned from, the last because: record"):
+        next(iter(PackedByProcesses([PackedBatches(bad, tiny_run.budget, 588, max_bad=0.0005)])))
+
+
 def test_a_state_or_a_number_of_shards_that_does_not_fit_is_named(samples, tiny_run):
     half = packed(samples, tiny_run, shards=2, host=1, hosts=2)
     with pytest.raises(UserError, match="the data state has shards 1, expected 0 too"):
         packed(samples, tiny_run, shards=2).set_state(half.get_state())
     with pytest.raises(UserError, match="data.shards is 3, expected a divisor of budget.rows = 2"):
         packed(samples, tiny_run, shards=3)
-    with pytest.raises(UserError, match="data.shards is 1, expected a multiple of the number of hosts, 2"):
+    with pytest.raises(UserError, match="data.shards is 1, expected a multiple of the number of hosts times workers, 2"):
         packed(samples, tiny_run, hosts=2)
 
 
