@@ -28,7 +28,7 @@ from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.training.config import TrainConfig
 from andesvl_jax.training.train import init_state, train_step
 
-ROWS = Budget(rows=3, tokens=512, patches=288, targets=224)
+ROWS = Budget(rows=3, tokens=512, patches=448, targets=224)
 BATCHES, STEPS = 30, 8  # timed of each
 PREPARED = 4  # batches that may be ready before the clock runs
 

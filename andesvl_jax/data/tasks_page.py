@@ -4,6 +4,7 @@ What real screens show and `screen` does not: labels that nobody knows by sight,
 A part is cut out of a longer page, so that widgets are cut at its edges too; only whole ones are asked about.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +18,20 @@ from andesvl_jax.data.examples import MANY, Example, Turn, draw_in_split, pick
 from andesvl_jax.data.tasks_print import SIZES, draw_text
 from andesvl_jax.data.tasks_screen import WORDINGS as SCREEN_WORDINGS
 from andesvl_jax.data.tasks_screen import Theme, draw_theme, readable_on
+from andesvl_jax.data.tasks_shapes import PLACES
 
-WORDINGS = {"page_referring": SCREEN_WORDINGS["referring"], "page_grounding": SCREEN_WORDINGS["grounding"]}
+WORDINGS = {
+    "page_referring": SCREEN_WORDINGS["referring"],
+    "page_grounding": SCREEN_WORDINGS["grounding"],
+    "page_place": (
+        "In which part of the page is {label}?",
+        "Which part of the page has {label}?",
+        "Roughly where is {label}?",
+        "In which corner or part do you see {label}?",
+        "Name the part of the page with {label}.",
+    ),
+}
+ASKED = {"page_referring": 1, "page_grounding": 3, "page_place": 2}  # times of a picture, at most
 PAGE_FONTS = ("Aileron", "Aileron", "DejaVuSans", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral")
 SMALLEST_SIDE, LARGEST_SIDE = 6, 10  # visual tokens
 LONGEST = 22  # characters of a label
@@ -36,7 +49,7 @@ class Entry:
 
 @dataclass
 class Page:
-    """A page while it is painted from the top down: labels to come, the size of its letters in pixels per em, what stands on it."""
+    """A page while it is painted from the top down: labels to come, pixels per em of its letters, what stands on it."""
 
     image: Image.Image
     theme: Theme
@@ -201,7 +214,7 @@ def paint_tabs(rng: np.random.Generator, page: Page, x: int, y: int, right: int)
     return y + height
 
 
-WIDGETS: tuple[Block, ...] = (paint_buttons, paint_buttons, paint_links, paint_menu, paint_menu, paint_field, paint_ticks, paint_tabs)
+WIDGETS: tuple[Block, ...] = (paint_buttons, paint_links, paint_menu, paint_field, paint_ticks, paint_tabs)
 OTHERS: tuple[Block, ...] = (paint_heading, paint_paragraph)
 
 
@@ -231,9 +244,9 @@ def paint_page(rng: np.random.Generator, labels: tuple[str, ...], width: int, he
 
 def render_page(rng: np.random.Generator, split: str, crowd: int) -> Example:
     """A part of a page with up to `crowd` labels (about twice as many from MANY on) and up to four questions about them."""
-    most = 2 * MANY if crowd >= MANY else crowd
+    draw = functools.partial(draw_labels, most=2 * MANY if crowd >= MANY else crowd)
     while True:
-        labels, content = draw_in_split(lambda rng: draw_labels(rng, most), lambda labels: "page " + "; ".join(labels), rng, split)
+        labels, content = draw_in_split(draw, lambda labels: "page " + "; ".join(labels), rng, split)
         width, height = (side(int(rng.integers(SMALLEST_SIDE, LARGEST_SIDE + 1))) for _ in range(2))
         cut = int(rng.integers(0, 60)) if rng.random() < 0.5 else 0
         page = paint_page(rng, labels, width + cut, height)
@@ -252,14 +265,20 @@ def _cut(page: Page, left: int, right: int) -> tuple[Image.Image, list[Entry]]:
 
 
 def turns_about(rng: np.random.Generator, page: Page) -> list[Turn]:
-    """Up to two questions by box and two by text, in random order; texts that the page shows once."""
+    """Questions by box, by text for the box, and by text for the ninth of the picture, in random order; of texts shown once."""
     texts = Counter(entry.text.casefold() for entry in page.entries)
-    order = [page.entries[i] for i in rng.permutation(len(page.entries)).tolist()]
-    named = [entry for entry in order if texts[entry.text.casefold()] == 1]
+    named = [entry for entry in page.entries if texts[entry.text.casefold()] == 1]
     turns = []
-    for task, chosen in (("page_referring", named[:2]), ("page_grounding", named[-2:])):
-        for entry in chosen:
+    for task, times in ASKED.items():
+        for index in rng.permutation(len(named))[:times].tolist():
+            entry = named[index]
             box = box_text(entry.box, *page.image.size)
-            question = pick(rng, WORDINGS[task]).format(label=entry.text, box=box)
-            turns.append(Turn(task, question, entry.text if task == "page_referring" else box))
+            answer = {"page_referring": entry.text, "page_grounding": box, "page_place": place(entry.box, page.image.size)}[task]
+            turns.append(Turn(task, pick(rng, WORDINGS[task]).format(label=entry.text, box=box), answer))
     return [turns[i] for i in rng.permutation(len(turns)).tolist()]
+
+
+def place(box: Box, size: tuple[int, int]) -> str:
+    """The ninth of a picture that the middle of a box is in."""
+    column, row = (int(3 * (box[axis] + box[axis + 2]) / (2 * size[axis])) for axis in range(2))
+    return PLACES[3][3 * row + column]

@@ -1,8 +1,8 @@
 """Small print: lines of words, names, numbers and random characters, as close as print is, anywhere on the picture.
 
-Several letters stand on a visual token, so that an encoder has to read inside of it. That is learned in steps: single characters a
-token apart, then closer and closer, then at the font's own pitch, and only then words, which could be guessed from a few letters.
-The content is the text itself, whatever its looks.
+Several letters stand on a visual token, so that an encoder has to read inside of it. That is learned in steps: random characters
+a token apart, then closer and closer, then at the font's own pitch, and only then words, which a model would guess from a few of
+their letters. The content is the text itself, whatever its looks.
 """
 
 import string
@@ -10,7 +10,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from andesvl_jax.data.drawing import FONTS, TOKEN_SIDE, background, contrasting, glyph, pixels, print_mask, print_width, side, stamp
+from andesvl_jax.data.drawing import (
+    FONTS,
+    TOKEN_SIDE,
+    background,
+    contrasting,
+    glyph,
+    pixels,
+    print_mask,
+    print_width,
+    side,
+    stamp,
+)
 from andesvl_jax.data.english import words
 from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
 

@@ -39,7 +39,7 @@ class TrainConfig:
     init_from: str | None = None  # checkpoint directory to start from
     tokenizer: str | None = None  # directory with tokenizer.json; None: that of init_from
     data: Mixture = field(default_factory=Mixture)
-    budget: Budget = Budget(rows=16, tokens=224, patches=160, targets=96)
+    budget: Budget = Budget(rows=6, tokens=512, patches=448, targets=224)
     loss_average: Literal["token", "square", "sample"] = "token"  # what a supervised token weighs, see `inputs.packing.Sample`
     max_size: int = 733  # square root of the pixel budget of a picture
     min_tokens: int = 4  # pictures with fewer visual tokens are scaled up

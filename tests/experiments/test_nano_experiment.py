@@ -22,7 +22,8 @@ def run(tmp_path):
     folder = tmp_path / "2-joint"
     folder.mkdir()
     config = {
-        "init_from": None, "steps": 400, "budget": {"rows": 6, "tokens": 256}, "optimizer": {"decoder": 7e-4, "final_fraction": 0.02},
+        "init_from": None, "steps": 400, "budget": {"rows": 6, "tokens": 256},
+        "optimizer": {"decoder": 7e-4, "final_fraction": 0.02},
         "data": {"seed": 3, "weights": {"word": 1.0, "niah_single@128": 0.5, "maps": 0.2}, "limits": {"maps": 250}},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps({"config": config, "environment": {"devices": "1 x abacus"}}))
@@ -48,7 +49,8 @@ def test_the_card_tells_every_stage_and_task_and_each_target_that_is_missed(nano
     }  # fmt: skip
     parameters = dict.fromkeys(("total", "vision", "projector", "decoder"), 1_234_567)
     text = nano.card(record, {"parameters": parameters, "bytes_on_disk": 2_469_134})
-    assert "| joint | 1 x abacus | 300 of 400 | 6 x 256 | 0.0007, 2 % |" in text and "maps 0.2 (250) |" in text and "niah_single@128 0.5" in text and "1,234,567" in text
+    assert "| joint | 1 x abacus | 300 of 400 | 6 x 256 | 0.0007, 2 % |" in text and "maps 0.2 (250) |" in text
+    assert "niah_single@128 0.5" in text and "1,234,567" in text
     assert all(f"| {name} |" in text for name in tasks) and "| 61.0 % | 50.0-70.0 |" in text
     assert "- colour: 61.0 % of 95 %" in text and "- count:" not in text and "- nothing" not in text
 

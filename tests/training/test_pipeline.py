@@ -12,7 +12,16 @@ from tiny import random_sample, tiny_config
 
 from andesvl_jax.data.examples import Example, Turn
 from andesvl_jax.data.mixture import RESIZES, Bad, Mixture, examples
-from andesvl_jax.data.pipeline import LOOK_AHEAD, PackedBatches, PackedByProcesses, batches, join_states, samples_of, scaled, to_sample
+from andesvl_jax.data.pipeline import (
+    LOOK_AHEAD,
+    PackedBatches,
+    PackedByProcesses,
+    batches,
+    join_states,
+    samples_of,
+    scaled,
+    to_sample,
+)
 from andesvl_jax.data.sources import messages_of
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
