@@ -33,7 +33,8 @@ WORDINGS = {
 }
 ASKED = {"page_referring": 1, "page_grounding": 3, "page_place": 2}  # times of a picture, at most
 PAGE_FONTS = ("Aileron", "Aileron", "DejaVuSans", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral")
-SMALLEST_SIDE, LARGEST_SIDE = 6, 10  # visual tokens
+SIDES = (6, 10)  # visual tokens, smallest and largest
+FEW_SIDES = (3, 5)  # the same where there are few labels, which a model has to find before it can find them among many
 LONGEST = 22  # characters of a label
 LUMA = (0.299, 0.587, 0.114)
 
@@ -234,20 +235,21 @@ def paint_page(rng: np.random.Generator, labels: tuple[str, ...], width: int, he
         theme = replace(theme, paper=theme.card)
     image, font, size = Image.new("RGB", (width, height), theme.paper), pick(rng, PAGE_FONTS), pick(rng, SIZES)
     page = Page(image, theme, font, size, list(labels), [])
-    edge, y = int(rng.integers(2, 40)), int(rng.integers(-20, 20))
+    edge, y = int(rng.integers(2, width // 6)), int(rng.integers(-20, 20))
     while page.labels and y < height:
-        x = edge + (int(rng.integers(0, 40)) if rng.random() < 0.3 else 0)
+        x = edge + (int(rng.integers(0, width // 6)) if rng.random() < 0.3 else 0)
         block = pick(rng, WIDGETS if rng.random() < 0.75 else OTHERS)
         y = block(rng, page, x, y, width - int(rng.integers(2, 20))) + int(rng.integers(3, 26))
     return page
 
 
 def render_page(rng: np.random.Generator, split: str, crowd: int) -> Example:
-    """A part of a page with up to `crowd` labels (about twice as many from MANY on) and up to four questions about them."""
+    """A part of a page with up to `crowd` labels (about twice as many from MANY on) and up to six questions about them."""
     draw = functools.partial(draw_labels, most=2 * MANY if crowd >= MANY else crowd)
     while True:
         labels, content = draw_in_split(draw, lambda labels: "page " + "; ".join(labels), rng, split)
-        width, height = (side(int(rng.integers(SMALLEST_SIDE, LARGEST_SIDE + 1))) for _ in range(2))
+        smallest, largest = SIDES if crowd >= MANY else FEW_SIDES
+        width, height = (side(int(rng.integers(smallest, largest + 1))) for _ in range(2))
         cut = int(rng.integers(0, 60)) if rng.random() < 0.5 else 0
         page = paint_page(rng, labels, width + cut, height)
         page.image, page.entries = _cut(page, cut, cut + width)
