@@ -18,23 +18,11 @@ from andesvl_jax.data.examples import MANY, Example, Turn, draw_in_split, pick
 from andesvl_jax.data.tasks_print import SIZES, draw_text
 from andesvl_jax.data.tasks_screen import WORDINGS as SCREEN_WORDINGS
 from andesvl_jax.data.tasks_screen import Theme, draw_theme, readable_on
-from andesvl_jax.data.tasks_shapes import PLACES
 
-WORDINGS = {
-    "page_referring": SCREEN_WORDINGS["referring"],
-    "page_grounding": SCREEN_WORDINGS["grounding"],
-    "page_place": (
-        "In which part of the page is {label}?",
-        "Which part of the page has {label}?",
-        "Roughly where is {label}?",
-        "In which corner or part do you see {label}?",
-        "Name the part of the page with {label}.",
-    ),
-}
-ASKED = {"page_referring": 1, "page_grounding": 3, "page_place": 2}  # times of a picture, at most
+WORDINGS = {"page_referring": SCREEN_WORDINGS["referring"], "page_grounding": SCREEN_WORDINGS["grounding"]}
+ASKED = 2  # times of each task, at most
 PAGE_FONTS = ("Aileron", "Aileron", "DejaVuSans", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral")
 SIDES = (6, 10)  # visual tokens, smallest and largest
-FEW_SIDES = (3, 5)  # the same where there are few labels, which a model has to find before it can find them among many
 LONGEST = 22  # characters of a label
 LUMA = (0.299, 0.587, 0.114)
 
@@ -244,12 +232,11 @@ def paint_page(rng: np.random.Generator, labels: tuple[str, ...], width: int, he
 
 
 def render_page(rng: np.random.Generator, split: str, crowd: int) -> Example:
-    """A part of a page with up to `crowd` labels (about twice as many from MANY on) and up to six questions about them."""
+    """A part of a page with up to `crowd` labels (about twice as many from MANY on) and up to four questions about them."""
     draw = functools.partial(draw_labels, most=2 * MANY if crowd >= MANY else crowd)
     while True:
         labels, content = draw_in_split(draw, lambda labels: "page " + "; ".join(labels), rng, split)
-        smallest, largest = SIDES if crowd >= MANY else FEW_SIDES
-        width, height = (side(int(rng.integers(smallest, largest + 1))) for _ in range(2))
+        width, height = (side(int(rng.integers(SIDES[0], SIDES[1] + 1))) for _ in range(2))
         cut = int(rng.integers(0, 60)) if rng.random() < 0.5 else 0
         page = paint_page(rng, labels, width + cut, height)
         page.image, page.entries = _cut(page, cut, cut + width)
@@ -267,20 +254,14 @@ def _cut(page: Page, left: int, right: int) -> tuple[Image.Image, list[Entry]]:
 
 
 def turns_about(rng: np.random.Generator, page: Page) -> list[Turn]:
-    """Questions by box, by text for the box, and by text for the ninth of the picture, in random order; of texts shown once."""
+    """Questions by box and by text, of texts that the page shows once, in random order."""
     texts = Counter(entry.text.casefold() for entry in page.entries)
-    named = [entry for entry in page.entries if texts[entry.text.casefold()] == 1]
+    order = [page.entries[i] for i in rng.permutation(len(page.entries)).tolist()]
+    named = [entry for entry in order if texts[entry.text.casefold()] == 1]
     turns = []
-    for task, times in ASKED.items():
-        for index in rng.permutation(len(named))[:times].tolist():
-            entry = named[index]
+    for task, chosen in (("page_referring", named[:ASKED]), ("page_grounding", named[-ASKED:])):
+        for entry in chosen:
             box = box_text(entry.box, *page.image.size)
-            answer = {"page_referring": entry.text, "page_grounding": box, "page_place": place(entry.box, page.image.size)}[task]
-            turns.append(Turn(task, pick(rng, WORDINGS[task]).format(label=entry.text, box=box), answer))
+            question = pick(rng, WORDINGS[task]).format(label=entry.text, box=box)
+            turns.append(Turn(task, question, entry.text if task == "page_referring" else box))
     return [turns[i] for i in rng.permutation(len(turns)).tolist()]
-
-
-def place(box: Box, size: tuple[int, int]) -> str:
-    """The ninth of a picture that the middle of a box is in."""
-    column, row = (int(3 * (box[axis] + box[axis + 2]) / (2 * size[axis])) for axis in range(2))
-    return PLACES[3][3 * row + column]

@@ -37,7 +37,6 @@ TASK_NAMES = {
     "lines",
     "page_referring",
     "page_grounding",
-    "page_place",
 }
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 LARGEST_MAJORITY = {
@@ -61,9 +60,7 @@ LARGEST_MAJORITY = {
     "lines": 0.02,
     "page_referring": 0.02,
     "page_grounding": 0.02,
-    "page_place": 0.35,
 }
-PLACE_ENDS = [wording.split("{label}") for wording in WORDINGS["page_place"]]
 LARGEST = {"lines": 279, "page": 279}  # pixels; 139 elsewhere
 
 
@@ -300,8 +297,6 @@ def test_page_boxes_hold_their_text_whole():
         (picture,) = example.images
         found = {}
         for turn in example.turns:
-            if turn.task == "page_place":
-                continue
             box = box_of(turn.question if turn.task == "page_referring" else turn.answer)
             found.setdefault(box, set()).add(turn.answer if turn.task == "page_referring" else "")
             x1, y1, x2, y2 = (edge * size / 1000 for edge, size in zip(box, picture.shape[1::-1] * 2, strict=True))
@@ -312,24 +307,6 @@ def test_page_boxes_hold_their_text_whole():
         boxes = list(found)
         for i, (x1, y1, x2, y2) in enumerate(boxes):
             assert all(x2 <= a1 + 1 or a2 <= x1 + 1 or y2 <= b1 + 1 or b2 <= y1 + 1 for a1, b1, a2, b2 in boxes[i + 1 :])
-
-
-def test_a_page_has_its_widgets_in_the_places_that_are_said():
-    """Of widgets asked about in both ways: the middle of the box is in the ninth of that name."""
-    both = 0
-    for example in examples("page", "train"):
-        boxes = {turn.question: box_of(turn.answer) for turn in example.turns if turn.task == "page_grounding"}
-        for turn in example.turns:
-            if turn.task == "page_place":
-                label = next(turn.question[len(a) : -len(b)] for a, b in PLACE_ENDS if turn.question.startswith(a))
-                for question, (x1, y1, x2, y2) in boxes.items():
-                    if question in (f"Give the box of {label}.", f"Find the widget called {label}."):
-                        both += 1
-                        middle = (x1 + x2) / 2, (y1 + y2) / 2
-                        where = tasks_shapes.PLACES[3].index(turn.answer)
-                        for at, ninth in zip(middle, (where % 3, where // 3), strict=True):
-                            assert ninth / 3 - 0.01 <= at / 1000 <= (ninth + 1) / 3 + 0.01, "a thousandth is cut off"
-    assert both > 100
 
 
 def test_purposes_name_one_label_each():
