@@ -16,6 +16,7 @@ from andesvl_jax.inputs.chat import Message
 SPLITS = ("train", "validation")
 VALIDATION_SHARE = 0.1
 MANY = 6  # things in the fullest picture
+LISTED_ALONE = 0.25  # share of the pictures whose list is asked for alone, as it is in the evaluation
 T = TypeVar("T")
 
 
@@ -56,6 +57,11 @@ def messages_of(example: Example) -> list[Message]:
         content = [*pictures, {"type": "text", "text": question}]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.reply or turn.answer}]
     return messages
+
+
+def with_list(rng: np.random.Generator, turns: Sequence[Turn], listed: Turn) -> list[Turn]:
+    """The turns and then the list of everything, which no other answer can lean on there; or the list alone."""
+    return [listed] if rng.random() < LISTED_ALONE else [*turns, listed]
 
 
 def in_validation(content: str) -> bool:

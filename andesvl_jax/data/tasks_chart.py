@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from andesvl_jax.data.drawing import COLOURS, TOKEN_SIDE, background, jittered, neutral, picture_size, pixels, stamp, text_mask
-from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
+from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick, with_list
 
 VALUE_WORDINGS = (
     "What is the value of the {colour} bar?",
@@ -94,7 +94,7 @@ def paint(rng: np.random.Generator, image: Image.Image, bars: tuple[Bar, ...]) -
 
 
 def turns_about(rng: np.random.Generator, bars: tuple[Bar, ...]) -> list[Turn]:
-    """The values of two bars, the tallest or shortest bar where there is only one, and the whole chart."""
+    """The values of two bars, the tallest or shortest bar where there is only one, and the whole chart; or that alone."""
     turns = []
     for index in rng.permutation(len(bars))[:2].tolist():
         turns.append(Turn("chart", pick(rng, VALUE_WORDINGS).format(colour=bars[index].colour), str(bars[index].value)))
@@ -104,7 +104,7 @@ def turns_about(rng: np.random.Generator, bars: tuple[Bar, ...]) -> list[Turn]:
         turns.append(Turn("chart", pick(rng, wordings), bars[values.index(extreme(values))].colour))
     order = rng.permutation(len(turns)).tolist()
     listed = ", ".join(f"{bar.colour} {bar.value}" for bar in sorted(bars, key=lambda bar: bar.place))
-    return [turns[index] for index in order] + [Turn("bars", pick(rng, BARS_WORDINGS), listed)]
+    return with_list(rng, [turns[index] for index in order], Turn("bars", pick(rng, BARS_WORDINGS), listed))
 
 
 def render_chart(rng: np.random.Generator, split: str, crowd: int) -> Example:

@@ -23,7 +23,7 @@ from andesvl_jax.data.drawing import (
     stamp,
     text_mask,
 )
-from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick
+from andesvl_jax.data.examples import Example, Turn, draw_in_split, pick, with_list
 
 WORDINGS = {
     "referring": (
@@ -266,13 +266,13 @@ PAINT: dict[str, Paint] = {
 
 
 def turns_about(rng: np.random.Generator, screen: tuple[Widget, ...], boxes: list[str]) -> list[Turn]:
-    """Three of six questions, two of each task about different widgets, in random order, and the list of labels."""
+    """Three of six questions, two of each task about different widgets, in random order, and the list of labels; or it alone."""
     turns = []
     for task in ("referring", "grounding", "screen_qa"):
         turns += [ask(rng, task, screen[index].label, boxes[index]) for index in rng.permutation(len(screen))[:2].tolist()]
     order = rng.permutation(len(turns)).tolist()
     listed = ", ".join(widget.label for widget in sorted(screen, key=lambda widget: (widget.row, widget.column)))
-    return [turns[index] for index in order[:QUESTIONS]] + [Turn("labels", pick(rng, WORDINGS["labels"]), listed)]
+    return with_list(rng, [turns[index] for index in order[:QUESTIONS]], Turn("labels", pick(rng, WORDINGS["labels"]), listed))
 
 
 def ask(rng: np.random.Generator, task: str, label: str, box: str) -> Turn:

@@ -26,7 +26,7 @@ from andesvl_jax.data.drawing import (
     side,
     stamp,
 )
-from andesvl_jax.data.examples import MANY, Example, Turn, draw_in_split, pick
+from andesvl_jax.data.examples import MANY, Example, Turn, draw_in_split, pick, with_list
 
 WORDINGS = {
     "count": (
@@ -146,7 +146,7 @@ def ask(rng: np.random.Generator, task: str, answer: str, thing: Thing | None = 
 
 
 def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str]) -> list[Turn]:
-    """Up to five questions, each about a thing that its wording identifies, and the whole scene."""
+    """Up to five questions, each about a thing that its wording identifies, and the whole scene; or that alone."""
     things = scene.things
     turns = [ask(rng, "count", str(len(things)))]
     for task, what in (("colour", "shape"), ("shape", "colour")):
@@ -160,7 +160,7 @@ def turns_about(rng: np.random.Generator, scene: Scene, boxes: list[str]) -> lis
         turns.append(ask(rng, "box", boxes[things.index(thing)], thing))
     order = rng.permutation(len(turns)).tolist()
     listed = ", ".join(f"{t.colour} {t.shape} {scene.place(t)}" for t in sorted(things, key=lambda thing: thing.cell))
-    return [turns[index] for index in order] + [ask(rng, "scene", listed)]  # last, where no other answer can lean on it
+    return with_list(rng, [turns[index] for index in order], ask(rng, "scene", listed))
 
 
 def render_pair(rng: np.random.Generator, split: str, crowd: int = LARGEST_COUNT) -> Example:

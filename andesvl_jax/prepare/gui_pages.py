@@ -1,7 +1,7 @@
 """Screens of real HTML templates in phone, tablet and desktop windows, with questions whose boxes come from the DOM.
 
-Whole pages go to a split, and pages that share most of their text go together. Validation asks only about texts that no page of
-training has, so that the menus which all pages of a template share are not asked about twice.
+Whole pages go to a split, and pages that share most of their text go together. Menus that all pages of a template share are asked
+about in both, each text in a limited number of pictures. Training also has parts of its pages, small crops with few widgets.
 """
 
 import json
@@ -17,7 +17,17 @@ import numpy as np
 
 from andesvl_jax.data.examples import SPLITS, pick
 from andesvl_jax.prepare.chromium import Browser
-from andesvl_jax.prepare.gui_screens import Screen, Widget, nameable, open_picture, read_screen, turns_about, views
+from andesvl_jax.prepare.gui_screens import (
+    Screen,
+    Widget,
+    look_ups,
+    nameable,
+    open_picture,
+    parts,
+    read_screen,
+    turns_about,
+    views,
+)
 from andesvl_jax.prepare.items import Card, Item, LeftOut, png, split_of
 from andesvl_jax.prepare.packages import Package, members
 
@@ -109,6 +119,7 @@ def items_of(browser: Browser, template: Template, files: Mapping[str, bytes], s
     for number, page in enumerate(order):
         rng = np.random.default_rng([seed, number])
         split = split_of(contents[page])
+        keys = (f"package:{name}", f"page:{name}/{page}")
         count = 0
         for screen in screens(rng, browser, files, page, template.own_dark, LOOKS[split]):
             for view in views(rng, _askable(screen, asked, split), DENSITY * (side + 1) - 1):
@@ -120,9 +131,10 @@ def items_of(browser: Browser, template: Template, files: Mapping[str, bytes], s
                     continue
                 met[split] += view.widgets
                 asked.update((split, widget.text) for widget in view.widgets)
-                keys = (f"package:{name}", f"page:{name}/{page}")
                 count += 1
                 yield Item(picture, turns, contents[page], split, keys)
+                for part in parts(rng, view) if split == "train" else ():
+                    yield Item(png(part.picture), look_ups(rng, part), contents[page], split, keys)
         if not count:
             yield LeftOut(f"page:{name}/{page}", "pages without two widgets to ask about")
 

@@ -29,6 +29,10 @@ TRIES = 240
 MOST_SHARED = 0.75  # of the smaller of two crops
 MOST_WIDGETS = 1000  # of a screen; more are left out
 QUESTIONS = 4
+# Parts of a view: small crops with few widgets, on which looking a text up is learned before it is done on whole views.
+PARTS = 4  # of one view, at most
+PART_MARGIN = 28  # pixels around its widgets, at most
+LARGEST_PART = 0.6  # of the view's area
 
 PURPOSES = {
     "link": ("open {text}", "go to {text}", "get to {text}"),
@@ -139,6 +143,30 @@ def views(rng: np.random.Generator, screen: Screen, side: int) -> Iterator[Scree
             yield _view(screen, area, zoom, widgets)
 
 
+def parts(rng: np.random.Generator, view: Screen) -> Iterator[Screen]:
+    """Small crops of a view around a widget and one or two others near it, no two crops with the same widgets."""
+    seen: set[frozenset[str]] = set()
+    for _ in range(PARTS):
+        first = pick(rng, view.widgets)
+        others = sorted((w for w in view.widgets if w != first), key=lambda w: _apart(first.box, w.box))
+        edges = np.array([w.box for w in (first, *others[: int(rng.integers(1, 3))])])
+        margins = rng.integers(0, PART_MARGIN + 1, 4)
+        left, top = np.maximum(edges[:, :2].min(0) - margins[:2], 0).astype(int).tolist()
+        right, bottom = np.minimum(np.ceil(edges[:, 2:].max(0)) + margins[2:], view.picture.size).astype(int).tolist()
+        area = (left, top, right, bottom)
+        widgets = _legible(view, area, 1.0)
+        texts = frozenset(widget.text for widget in widgets)
+        small = (right - left) * (bottom - top) <= LARGEST_PART * view.picture.width * view.picture.height
+        if small and len(widgets) >= 2 and texts not in seen:
+            seen.add(texts)
+            yield _view(view, area, 1.0, widgets)
+
+
+def _apart(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """Pixels between two boxes, along the axis on which they are farther apart."""
+    return max(max(one[axis], other[axis]) - min(one[axis + 2], other[axis + 2]) for axis in range(2))
+
+
 def _legible(screen: Screen, area: Box, scale: float) -> tuple[Widget, ...]:
     """The widgets that are whole in a part of the screen and can be read at its scale, as they stand there."""
     left, top, right, bottom = area
@@ -199,6 +227,15 @@ def turns_about(rng: np.random.Generator, view: Screen, others: Sequence[Widget]
     answer, named = ("No", pick(rng, missing)) if missing and rng.random() < 0.5 else ("Yes", order[0])
     turns.append(_turn(rng, "presence", answer, kind=named.kind, text=named.text))
     return tuple(turns[i] for i in rng.permutation(len(turns))[:QUESTIONS].tolist())
+
+
+def look_ups(rng: np.random.Generator, part: Screen) -> tuple[Turn, ...]:
+    """Where every widget of a part is, and what stands in the box of one, in random order."""
+    boxes = [box_text(widget.box, part.picture.width, part.picture.height) for widget in part.widgets]
+    turns = [_turn(rng, "grounding", box, label=widget.text) for widget, box in zip(part.widgets, boxes, strict=True)]
+    named = int(rng.integers(len(boxes)))
+    turns.append(_turn(rng, "referring", part.widgets[named].text, box=boxes[named]))
+    return tuple(turns[i] for i in rng.permutation(len(turns)).tolist())
 
 
 def neighbours(view: Screen) -> list[tuple[Widget, Widget]]:

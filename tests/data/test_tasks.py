@@ -10,7 +10,7 @@ from PIL import Image
 
 from andesvl_jax.data import tasks_chart, tasks_digits, tasks_print, tasks_screen, tasks_shapes
 from andesvl_jax.data.drawing import TOKEN_SIDE, print_mask, text_mask
-from andesvl_jax.data.examples import Example
+from andesvl_jax.data.examples import LISTED_ALONE, Example
 from andesvl_jax.data.registry import SPLITS, TASKS, WORDINGS, in_validation, render
 from andesvl_jax.errors import UserError
 
@@ -307,6 +307,13 @@ def test_page_boxes_hold_their_text_whole():
         boxes = list(found)
         for i, (x1, y1, x2, y2) in enumerate(boxes):
             assert all(x2 <= a1 + 1 or a2 <= x1 + 1 or y2 <= b1 + 1 or b2 <= y1 + 1 for a1, b1, a2, b2 in boxes[i + 1 :])
+
+
+@pytest.mark.parametrize("family, task", [("shapes", "scene"), ("chart", "bars"), ("screen", "labels"), ("widget", "labels")])
+def test_of_one_picture_in_four_the_list_is_asked_for_alone_and_else_last(family, task):
+    alone = [example.turns[0].task == task for example in examples(family, "train")]
+    assert np.mean(alone) == pytest.approx(LISTED_ALONE, abs=0.05)  # four standard errors
+    assert all(len(e.turns) == 1 if first else e.turns[-1].task == task for e, first in zip(examples(family, "train"), alone))
 
 
 def test_purposes_name_one_label_each():

@@ -15,13 +15,17 @@ from andesvl_jax.data.examples import in_validation
 from andesvl_jax.prepare import chromium, gui_pages
 from andesvl_jax.prepare.gui_pages import TEMPLATES, Template, groups, is_page, items_of, texts_of, theme_script
 from andesvl_jax.prepare.gui_screens import (
+    LARGEST_PART,
+    PARTS,
     PURPOSES,
     SMALLEST_TEXT,
     WORDINGS,
     Screen,
     Widget,
+    look_ups,
     nameable,
     neighbours,
+    parts,
     read_screen,
     turns_about,
     views,
@@ -84,6 +88,26 @@ def test_boxes_are_where_the_widgets_are(side):
                 elif crisp:
                     assert name_at(turn.answer, view, names) == labels[0]
     assert set(tasks) == set(WORDINGS)
+
+
+def test_parts_are_small_and_ask_where_each_of_their_widgets_is():
+    found = 0
+    for seed in range(25):
+        whole, names = screen(seed)
+        rng = np.random.default_rng(seed)
+        for view in views(rng, whole, 448):
+            shown = list(parts(rng, view))
+            assert len({frozenset(w.text for w in part.widgets) for part in shown}) == len(shown) <= PARTS
+            for part in shown:
+                assert part.picture.width * part.picture.height <= LARGEST_PART * view.picture.width * view.picture.height
+                turns = look_ups(rng, part)
+                placed = {turn.question: turn.answer for turn in turns if turn.task == "grounding"}
+                assert 2 <= len(placed) == len(part.widgets) == len(set(placed.values())) == len(turns) - 1
+                if all(widget.size == 14 for widget in part.widgets):
+                    for question, answer in placed.items():
+                        assert name_at(answer, part, names) == re.search(r"Thing [A-Z]", question).group()
+                    found += 1
+    assert found > 50
 
 
 def test_small_letters_are_not_asked_about():
@@ -203,7 +227,7 @@ def test_whole_pages_go_to_a_split_and_validation_shows_no_picture_of_training()
     pictures = {split: {item.picture for item in items if item.split == split} for split in ("train", "validation")}
     assert not pictures["train"] & pictures["validation"]
     asked = Counter(re.findall(r"Thing [ABC](?! \d)", " ".join(t.question for i in items for t in i.turns)))
-    assert 0 < max(asked.values()) <= 4 * (gui_pages.ASKED + 5), "a menu is not asked about on every page"
+    assert 0 < max(asked.values()) <= 4 * (gui_pages.ASKED + 5) * (1 + PARTS), "a menu is not asked about on every page"
 
 
 def test_wordings_and_purposes_name_what_they_ask_for():
