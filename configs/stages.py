@@ -7,8 +7,8 @@ Commands:
         --set model.dtype=bfloat16 --set budget.rows=15 --set data.shards=15 --set workers=15     # on one GPU with 16 cores
     python configs/stages.py            # the table of docs/stages.md
 
-The report names the pre-training stages and no number of them; rates, sizes and lengths here are this project's own, and so is
-`print`, a part of nano's multi-task stage in which it learns to read small letters.
+The report names the pre-training stages and no number of them; rates, sizes and lengths here are this project's own, and so are
+`print` and `look-up`, parts of nano's multi-task stage in which it learns to read small letters, and to find them.
 """
 
 from dataclasses import dataclass, replace
@@ -47,7 +47,8 @@ NANO = {
     "joint": Stage((1e-3,) * 3, 140, 256, 3_500, 6, 160, 112, final_fraction=0.5),
     "multi-task": Stage((1e-3,) * 3, 140, 512, 8_000, 3, 320, 256, final_fraction=0.5),
     "print": Stage((1e-3,) * 3, 280, 1024, 6_000, 2, 960, 288, final_fraction=0.5),
-    "sft": Stage((7e-4,) * 3, 280, 2048, 6_000, 1, 1600, 512),
+    "look-up": Stage((4e-4,) * 3, 280, 512, 1_500, 3, 448, 192, final_fraction=0.5),
+    "sft": Stage((7e-4,) * 3, 280, 2048, 6_000, 1, 1800, 640),
 }
 REAL = "out/real"  # folder of `andesvl prepare real`
 _READING = {"word": 1.0, "number": 1.0, "handwritten": 1.0}
@@ -76,13 +77,14 @@ NANO_DATA = {
     "print": _RENDERED | {"lines": 4.0, "page": 1.0, "shapes": 0.5, "word": 0.3, "number": 0.2, "handwritten": 0.5, "chart": 0.3}
     | {"screen": 0.4, "pair": 0.15, "widget": 0.1, "niah_single@192": 0.12, "niah_single@512": 0.06, "echo@128": 0.08}
     | {"recite@128": 0.08, "niah_multikey@256": 0.04, "qa_two_hop@256": 0.06},
-    "sft": _RENDERED | {"lines": 1.5, "page": 1.5, "gui": 1.0, "shapes": 1.0, "word": 0.4, "number": 0.2, "handwritten": 1.5}
+    "look-up": {"gui": 5.0, "widget": 0.4, "screen": 0.3, "pair": 0.3, "shapes": 0.3, "lines": 0.2, "handwritten": 0.2},
+    "sft": _RENDERED | {"lines": 1.5, "page": 1.5, "gui": 5.0, "shapes": 1.0, "word": 0.4, "number": 0.2, "handwritten": 1.5}
     | {"chart": 0.5, "screen": 0.8, "pair": 0.25, "widget": 0.25} | _real(0.15) | _long(256, 0.2) | {"qa_two_hop@256": 0.1}
     | {"echo@128": 0.05, "recite@128": 0.05, "niah_single@192": 0.1, "niah_single@512": 0.1, "niah_single@2048": 0.12},
 }  # fmt: skip
 NANO_STEPS = {
     "nano": {name: stage.steps for name, stage in NANO.items()},
-    "nano-siglip": {"alignment": 500, "joint": 1_500, "multi-task": 4_500, "print": 1_500, "sft": 1_200},
+    "nano-siglip": {"alignment": 500, "joint": 1_500, "multi-task": 4_500, "print": 1_500, "look-up": 1_000, "sft": 1_200},
 }
 RAMPS = {  # examples of a family over which its pictures fill up
     "joint": dict.fromkeys(TASKS, 4_000), "multi-task": dict.fromkeys(TASKS, 2_500), "print": {"lines": 100_000, "page": 24_000},

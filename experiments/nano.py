@@ -1,11 +1,11 @@
-"""A model that ships, from nothing to its card: tokenizer, five stages, evaluation beside controls, weights in bfloat16.
+"""A model that ships, from nothing to its card: tokenizer, six stages, evaluation beside controls, weights in bfloat16.
 
 Commands:
 
     andesvl prepare real --out out/real
     python experiments/nano.py                         # or nano-siglip; goes on where an interrupted run ended
     python experiments/nano.py --set steps=50 --out out/try --results out/try/results.json     # ships nothing
-    python experiments/nano.py --runs out/print out/sft --ship     # runs made elsewhere, which began with the model that ships
+    python experiments/nano.py --runs out/look-up out/sft --ship     # runs made elsewhere, which began with the model that ships
 
 Stages and mixtures are those of configs/stages.py. Writes results/nano.json, and with `--ship` andesvl_jax/shipped/nano.
 """
@@ -42,7 +42,7 @@ from andesvl_jax.training.metrics import environment, read_metrics
 from andesvl_jax.training.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("alignment", "joint", "multi-task", "print", "sft")
+STAGES = ("alignment", "joint", "multi-task", "print", "look-up", "sft")
 LONG_EXAMPLES, LONG_CHARACTERS = 60, 2048  # of each long-context family in the tokenizer's corpus
 FILE_EXAMPLES = 4000
 REAL = Path("out/real")
@@ -87,7 +87,7 @@ def tokenizer_text(files: Sequence[str]) -> Iterator[str]:
 
 
 def train_stages(model: str, out: Path, changes: Sequence[str]) -> list[Path]:
-    """Runs what is not finished of the four stages; returns their run directories."""
+    """Runs what is not finished of the six stages; returns their run directories."""
     out.mkdir(parents=True, exist_ok=True)
     configs = {name: load_config(f"{ROOT}/configs/stages.py:{model}/{name}", changes) for name in STAGES}
     if not (out / "tokenizer.json").is_file():

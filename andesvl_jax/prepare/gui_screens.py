@@ -33,6 +33,7 @@ QUESTIONS = 4
 PARTS = 4  # of one view, at most
 PART_MARGIN = 28  # pixels around its widgets, at most
 LARGEST_PART = 0.6  # of the view's area
+LOOK_UPS = 6  # boxes asked for of one picture, at most
 
 PURPOSES = {
     "link": ("open {text}", "go to {text}", "get to {text}"),
@@ -230,11 +231,12 @@ def turns_about(rng: np.random.Generator, view: Screen, others: Sequence[Widget]
 
 
 def look_ups(rng: np.random.Generator, part: Screen) -> tuple[Turn, ...]:
-    """Where every widget of a part is, and what stands in the box of one, in random order."""
-    boxes = [box_text(widget.box, part.picture.width, part.picture.height) for widget in part.widgets]
-    turns = [_turn(rng, "grounding", box, label=widget.text) for widget, box in zip(part.widgets, boxes, strict=True)]
-    named = int(rng.integers(len(boxes)))
-    turns.append(_turn(rng, "referring", part.widgets[named].text, box=boxes[named]))
+    """Where its widgets are, up to LOOK_UPS of them, and what stands in the box of one, in random order."""
+    asked = [part.widgets[i] for i in rng.permutation(len(part.widgets))[:LOOK_UPS].tolist()]
+    boxes = [box_text(widget.box, part.picture.width, part.picture.height) for widget in asked]
+    turns = [_turn(rng, "grounding", box, label=widget.text) for widget, box in zip(asked, boxes, strict=True)]
+    named = int(rng.integers(len(asked)))
+    turns.append(_turn(rng, "referring", asked[named].text, box=boxes[named]))
     return tuple(turns[i] for i in rng.permutation(len(turns)).tolist())
 
 

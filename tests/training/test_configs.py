@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = {name: ROOT / "configs" / f"{name}.py" for name in ("stages", "tpu")}
 NAMES = {name: list(runpy.run_path(str(file))["ALL"]) for name, file in FILES.items()}
 STAGES = ("alignment", "joint", "multi-task", "sft")
-PRINT = {"nano/print", "nano-siglip/print"}
+ADDED = {f"{model}/{stage}" for model in ("nano", "nano-siglip") for stage in ("print", "look-up")}
 
 
 @pytest.mark.parametrize("name", NAMES["stages"])
@@ -29,7 +29,7 @@ def test_every_stage_loads(name):
 
 
 def test_there_are_four_stages_of_every_size():
-    assert set(NAMES["stages"]) == {f"{model}/{stage}" for model in CONFIGS if model != "pico" for stage in STAGES} | PRINT
+    assert set(NAMES["stages"]) == {f"{model}/{stage}" for model in CONFIGS if model != "pico" for stage in STAGES} | ADDED
     table = runpy.run_path(str(FILES["stages"]))["table"]()
     assert table in (ROOT / "docs" / "stages.md").read_text(), "docs/stages.md: paste what `python configs/stages.py` prints"
 
@@ -48,7 +48,7 @@ def test_every_shape_for_a_slice_divides_among_its_chips(name):
 @pytest.mark.parametrize(
     "path, message",
     [
-        (f"{FILES['stages']}:nano/sfd", r"no configuration 'nano/sfd'; expected one of 26, such as nano/sft"),
+        (f"{FILES['stages']}:nano/sfd", r"no configuration 'nano/sfd'; expected one of 28, such as nano/sft"),
         (f"{FILES['stages']}", "stages.py: holds several, expected .*stages.py:NAME"),
         (f"{ROOT}/configs/demo.py:words", "holds one configuration, expected .*demo.py\\."),
         (f"{ROOT}/configs/none.py:words", "none.py: no such config file"),
