@@ -1,7 +1,7 @@
 """Screens of real HTML templates in phone, tablet and desktop windows, with questions whose boxes come from the DOM.
 
 Whole pages go to a split, and pages that share most of their text go together. Menus that all pages of a template share are asked
-about in both, each text in a limited number of pictures. Training is also asked where every widget is, of views and of small parts.
+about in both, each text in a limited number of pictures. Training also asks where every widget is, of views and of small parts.
 """
 
 import json
