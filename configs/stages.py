@@ -3,8 +3,8 @@
 Commands:
 
     andesvl train --config configs/stages.py:andesvl-1b/sft --out out/sft --set init_from=out/multi-task/model
-    andesvl train --config configs/stages.py:nano/print --out out/print --set init_from=out/multi-task/model \
-        --set model.dtype=bfloat16 --set budget.rows=15 --set data.shards=15 --set workers=15     # on one GPU with 16 cores
+    andesvl train --config configs/stages.py:nano/look-up --out out/look-up --set init_from=nano --set model.dtype=bfloat16 \
+        --set model.attention_chunk=2048 --set budget.rows=15 --set data.shards=15 --set workers=15     # on one GPU with 16 cores
     python configs/stages.py            # the table of docs/stages.md
 
 The report names the pre-training stages and no number of them; rates, sizes and lengths here are this project's own, and so are
@@ -47,7 +47,7 @@ NANO = {
     "joint": Stage((1e-3,) * 3, 140, 256, 3_500, 6, 160, 112, final_fraction=0.5),
     "multi-task": Stage((1e-3,) * 3, 140, 512, 8_000, 3, 320, 256, final_fraction=0.5),
     "print": Stage((1e-3,) * 3, 280, 1024, 6_000, 2, 960, 288, final_fraction=0.5),
-    "look-up": Stage((4e-4,) * 3, 280, 512, 1_500, 3, 448, 192, final_fraction=0.5),
+    "look-up": Stage((7e-4,) * 3, 280, 2048, 1_500, 1, 1800, 640, final_fraction=0.5),
     "sft": Stage((7e-4,) * 3, 280, 2048, 6_000, 1, 1800, 640),
 }
 REAL = "out/real"  # folder of `andesvl prepare real`
@@ -77,7 +77,8 @@ NANO_DATA = {
     "print": _RENDERED | {"lines": 4.0, "page": 1.0, "shapes": 0.5, "word": 0.3, "number": 0.2, "handwritten": 0.5, "chart": 0.3}
     | {"screen": 0.4, "pair": 0.15, "widget": 0.1, "niah_single@192": 0.12, "niah_single@512": 0.06, "echo@128": 0.08}
     | {"recite@128": 0.08, "niah_multikey@256": 0.04, "qa_two_hop@256": 0.06},
-    "look-up": {"gui": 5.0, "widget": 0.4, "screen": 0.3, "pair": 0.3, "shapes": 0.3, "lines": 0.2, "handwritten": 0.2},
+    "look-up": {"gui": 5.0, "lines": 0.6, "page": 0.6, "shapes": 0.5, "word": 0.1, "number": 0.1, "handwritten": 0.4, "chart": 0.2}
+    | {"screen": 0.3, "pair": 0.2, "widget": 0.3, "niah_single@512": 0.06, "echo@128": 0.03},
     "sft": _RENDERED | {"lines": 1.5, "page": 1.5, "gui": 5.0, "shapes": 1.0, "word": 0.4, "number": 0.2, "handwritten": 1.5}
     | {"chart": 0.5, "screen": 0.8, "pair": 0.25, "widget": 0.25} | _real(0.15) | _long(256, 0.2) | {"qa_two_hop@256": 0.1}
     | {"echo@128": 0.05, "recite@128": 0.05, "niah_single@192": 0.1, "niah_single@512": 0.1, "niah_single@2048": 0.12},

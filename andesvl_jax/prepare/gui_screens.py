@@ -29,10 +29,11 @@ TRIES = 240
 MOST_SHARED = 0.75  # of the smaller of two crops
 MOST_WIDGETS = 1000  # of a screen; more are left out
 QUESTIONS = 4
-# Parts of a view: small crops with few widgets, on which looking a text up is learned before it is done on whole views.
-PARTS = 4  # of one view, at most
+# Parts of a view: crops with two widgets or a few more, on which looking a text up is learned before it is done on whole views.
+PARTS = 6  # of one view, at most
+PART_NEIGHBOURS = 4  # of its first widget, at most
 PART_MARGIN = 28  # pixels around its widgets, at most
-LARGEST_PART = 0.6  # of the view's area
+LARGEST_PART = 0.9  # of the view's area
 LOOK_UPS = 6  # boxes asked for of one picture, at most
 
 PURPOSES = {
@@ -145,12 +146,12 @@ def views(rng: np.random.Generator, screen: Screen, side: int) -> Iterator[Scree
 
 
 def parts(rng: np.random.Generator, view: Screen) -> Iterator[Screen]:
-    """Small crops of a view around a widget and one or two others near it, no two crops with the same widgets."""
+    """Crops of a view around a widget and up to PART_NEIGHBOURS others near it, no two crops with the same widgets."""
     seen: set[frozenset[str]] = set()
     for _ in range(PARTS):
         first = pick(rng, view.widgets)
         others = sorted((w for w in view.widgets if w != first), key=lambda w: _apart(first.box, w.box))
-        edges = np.array([w.box for w in (first, *others[: int(rng.integers(1, 3))])])
+        edges = np.array([w.box for w in (first, *others[: int(rng.integers(1, PART_NEIGHBOURS + 1))])])
         margins = rng.integers(0, PART_MARGIN + 1, 4)
         left, top = np.maximum(edges[:, :2].min(0) - margins[:2], 0).astype(int).tolist()
         right, bottom = np.minimum(np.ceil(edges[:, 2:].max(0)) + margins[2:], view.picture.size).astype(int).tolist()
