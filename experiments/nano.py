@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 
 from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.checkpoints.hf import load, save
-from andesvl_jax.checkpoints.hub import SHIPPED
+from andesvl_jax.checkpoints.locate import SHIPPED
 from andesvl_jax.cli import RETRIEVAL_TOKENS
 from andesvl_jax.compression.accounting import describe_checkpoint
 from andesvl_jax.data.corpus import ADDED_NAME, corpus, lower_capital_runs, source_text, train_tokenizer

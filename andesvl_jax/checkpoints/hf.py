@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from andesvl_jax.checkpoints.bundle import RELEASED_GENERATION, Bundle
-from andesvl_jax.checkpoints.hub import local_directory
 from andesvl_jax.checkpoints.json_file import read_json, write_json
+from andesvl_jax.checkpoints.locate import local_directory
 from andesvl_jax.checkpoints.names import entries
 from andesvl_jax.checkpoints.reading import read_params
 from andesvl_jax.checkpoints.safetensors_file import write_tensors

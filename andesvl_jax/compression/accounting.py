@@ -11,8 +11,8 @@ from typing import Any, Sequence
 import jax
 import jax.numpy as jnp
 
-from andesvl_jax.checkpoints.hub import shipped_directory
 from andesvl_jax.checkpoints.json_file import read_json
+from andesvl_jax.checkpoints.locate import shipped_directory
 from andesvl_jax.checkpoints.names import entries
 from andesvl_jax.checkpoints.reading import stored_tensors
 from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, from_hf

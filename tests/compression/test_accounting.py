@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_params
 
 import andesvl_jax as avl
 from andesvl_jax.checkpoints.bundle import Bundle
-from andesvl_jax.checkpoints.hub import SHIPPED, shipped_models
+from andesvl_jax.checkpoints.locate import SHIPPED, shipped_models
 from andesvl_jax.checkpoints.names import hf_shapes
 from andesvl_jax.cli import main
 from andesvl_jax.compression.accounting import bits_per_weight, describe_checkpoint, tree_bytes

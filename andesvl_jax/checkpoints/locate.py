@@ -1,4 +1,4 @@
-"""Checkpoints by name: those that ship with this package, and those on the Hugging Face hub by their id."""
+"""Where a checkpoint lies: a directory, one that ships with this package, or one of the Hugging Face hub by its id."""
 
 import os
 import re
