@@ -77,8 +77,8 @@ NANO_DATA = {
     "print": _RENDERED | {"lines": 4.0, "page": 1.0, "shapes": 0.5, "word": 0.3, "number": 0.2, "handwritten": 0.5, "chart": 0.3}
     | {"screen": 0.4, "pair": 0.15, "widget": 0.1, "niah_single@192": 0.12, "niah_single@512": 0.06, "echo@128": 0.08}
     | {"recite@128": 0.08, "niah_multikey@256": 0.04, "qa_two_hop@256": 0.06},
-    "look-up": {"gui": 5.0, "lines": 0.6, "page": 0.6, "shapes": 0.5, "word": 0.1, "number": 0.1, "handwritten": 0.4, "chart": 0.2}
-    | {"screen": 0.3, "pair": 0.2, "widget": 0.3, "niah_single@512": 0.06, "echo@128": 0.03},
+    "look-up": {"gui": 5.0, "lines": 0.6, "page": 0.6, "shapes": 0.5, "word": 0.1, "number": 0.1, "handwritten": 0.4}
+    | {"chart": 0.2, "screen": 0.3, "pair": 0.2, "widget": 0.3, "niah_single@512": 0.06, "echo@128": 0.03},
     "sft": _RENDERED | {"lines": 1.5, "page": 1.5, "gui": 5.0, "shapes": 1.0, "word": 0.4, "number": 0.2, "handwritten": 1.5}
     | {"chart": 0.5, "screen": 0.8, "pair": 0.25, "widget": 0.25} | _real(0.15) | _long(256, 0.2) | {"qa_two_hop@256": 0.1}
     | {"echo@128": 0.05, "recite@128": 0.05, "niah_single@192": 0.1, "niah_single@512": 0.1, "niah_single@2048": 0.12},
