@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from directories import CONFIGS, assert_equal_params, bundle_of, change_json, refused, rewrite, split_into_shards
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_config
+from tiny import tiny_config, xla_flags
 
 import andesvl_jax as avl
 from andesvl_jax.checkpoints.names import EMBEDDING, TIED_HEAD
@@ -247,8 +247,7 @@ print(json.dumps({"split": split, "leaves": len(jax.tree.leaves(whole))}))
 def test_each_device_gets_its_part(family, tmp_path):
     """Eight host devices, 2 x 4; the fused q, k, v of SigLIP2 (3 x 16) is cut where tensors meet and inside of them."""
     avl.save(bundle_of(tiny_config(family)), tmp_path / "model")
-    flags = "--xla_force_host_platform_device_count=8"
-    found = in_a_process(SHARDED, str(tmp_path / "model"), XLA_FLAGS=flags)
+    found = in_a_process(SHARDED, str(tmp_path / "model"), XLA_FLAGS=xla_flags(8))
     assert found["split"] > found["leaves"] // 2
 
 

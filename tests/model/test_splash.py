@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from tiny import max_relative, tiny_config
+from tiny import max_relative, tiny_config, xla_flags
 
 from andesvl_jax.cache.kv import empty_cache
 from andesvl_jax.errors import UserError
@@ -65,7 +65,7 @@ def test_on_a_mesh_each_device_attends_for_its_own_rows_heads_and_tokens():
     """Four query and two kv heads: dealt to two devices, repeated for four; two rows that four devices cannot share; rows in two
     and four parts, which segments cross."""
     script = Path(__file__).with_name("attention_on_four_devices.py")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(script.parents[2])}
+    flags = {"XLA_FLAGS": xla_flags(4), "PYTHONPATH": str(script.parents[2])}
     meshes = ["data=2,tensor=2", "tensor=4", "data=4", "context=4", "data=2,context=2", "context=2,tensor=2"]
     done = subprocess.run([sys.executable, script, *meshes], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny import xla_flags
 
 import andesvl_jax as avl
 from andesvl_jax.training import hosts
@@ -61,7 +62,7 @@ def launch(tokenizer_dir, tmp_path_factory):
         started = []
         for number in range(processes):
             environment = os.environ | {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT),
+                "XLA_FLAGS": xla_flags(devices), "PYTHONPATH": str(ROOT),
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(number),
             }  # fmt: skip

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
-from tiny import tiny_config
+from tiny import tiny_config, xla_flags
 
 import andesvl_jax as avl
 from andesvl_jax.config import CONFIGS
@@ -53,7 +53,7 @@ def run_on(mesh: str) -> dict:
 
 def run_script(name: str, devices: int, *meshes: str) -> dict:
     script = Path(__file__).with_name(name)
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(script.parents[2])}
+    flags = {"XLA_FLAGS": xla_flags(devices), "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run([sys.executable, script, *meshes], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
