@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from andesvl_jax.checkpoints.locate import SHIPPED, shipped_models
+from andesvl_jax.compression.accounting import describe_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,6 +56,13 @@ def test_the_card_tells_every_stage_and_task_and_each_target_that_is_missed(nano
     assert "niah_single@128 0.5" in text and "1,234,567" in text
     assert all(f"| {name} |" in text for name in tasks) and "| 61.0 % | 50.0-70.0 |" in text
     assert "- colour: 61.0 % of 95 %" in text and "- count:" not in text and "- nothing" not in text
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_the_cards_that_ship_are_what_their_results_say(nano, name):
+    record = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    card = (SHIPPED / name / "README.md").read_text(encoding="utf-8")
+    assert card == nano.card(record, describe_checkpoint(str(SHIPPED / name)))
 
 
 def test_a_run_that_began_with_the_model_that_ships_goes_on_with_its_stages(nano, run, tmp_path, monkeypatch):
