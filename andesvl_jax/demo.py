@@ -30,7 +30,7 @@ from andesvl_jax.model.andesvl import describe
 from andesvl_jax.training.config import Optimizer, TrainConfig, with_changes
 from andesvl_jax.training.metrics import environment, read_metrics
 from andesvl_jax.training.train import train
-from andesvl_jax.weights import ALL_MATRICES, count, quantize_leaves
+from andesvl_jax.weights import ALL_MATRICES, Int4, Int8, Quantize, Rule, count, represent
 
 STEPS = 320  # of a stage
 _BASE = TrainConfig(
@@ -191,9 +191,8 @@ def _evicted(bundle: Bundle, items: Sequence[Item], policy: str | None, budget: 
 def _quantized(bundle: Bundle, items: Sequence[Item], bits: int | None) -> dict[str, Any]:
     params = bundle.params
     if bits is not None:
-        group = None if bits == 8 else GROUP
-        params = quantize_leaves(params, ALL_MATRICES, bits, group)
-        params = quantize_leaves(params, TABLES, 8, axis=-1)
+        matrices = Int8() if bits == 8 else Int4(GROUP)
+        params = represent(params, [Rule(ALL_MATRICES, Quantize(matrices)), Rule(TABLES, Quantize(Int8(), axis=-1))])
     body, everything = bits_per_weight(params, bundle.config)
     name = "float32" if bits is None else f"int{bits}, embedding int8"
     right = _accuracy(replace(bundle, params=params), items)

@@ -202,7 +202,7 @@ wrap("position table resized with aligned corners", position_table._source, C)(
 @wrap("position embedding in front of AIMv2's patch norm", vision.embed_patches, C)
 def _(original, params, config, patches, coordinates, grids):
     settings = config.vision
-    x = leaf.dot(patches, params.patch, params.patch_bias)
+    x = leaf.apply(params.patch, patches, params.patch_bias)
     x = x + position_table.position_embedding(params.table, settings.table_side, "two_dim", coordinates, grids)
     return layers.rms_norm(x, params.patch_norm, settings.norm_eps)
 

@@ -21,7 +21,7 @@ from andesvl_jax.export.artifact import describe_stage, file_sizes, write_manife
 from andesvl_jax.export.functions import ExportShapes, Specs, Stage, stages
 from andesvl_jax.model.andesvl import AndesVL
 from andesvl_jax.weights import dense, is_leaf
-from andesvl_jax.weights.leaf import leaf_kind, lookup
+from andesvl_jax.weights.leaf import embed, leaf_kind
 
 FILES = {"encode_images": "encode_images.tflite", "prefill": "decoder.tflite", "decode": "decoder.tflite"}
 LOWERING = "builtin.module(vhlo-legalize-stablehlo,reconcile-unrealized-casts,inline,strip-debuginfo)"
@@ -35,7 +35,7 @@ class LookupTable:
     weight: jax.Array
 
 
-@lookup.register(LookupTable)
+@embed.register(LookupTable)
 def _(w: LookupTable, ids, dtype):
     read = jax.lax.composite(lambda ids, table: jnp.take(table, ids, axis=0), "odml.embedding_lookup")
     return read(ids.reshape(-1), w.weight).reshape(*ids.shape, -1).astype(dtype)

@@ -19,7 +19,7 @@ from andesvl_jax.model.context import place_tokens
 from andesvl_jax.model.decoder import Decoder, describe_decoder, embed_tokens
 from andesvl_jax.model.projector import Projector, describe_projector, project
 from andesvl_jax.model.vision import Vision, describe_vision, embed_patches, encode
-from andesvl_jax.weights import Leaf, Streamed, is_leaf, stream_matrix, stream_table
+from andesvl_jax.weights import Leaf, Recipe, Streamed, is_leaf, represent, stream_matrix, stream_table
 
 
 @struct.dataclass
@@ -29,9 +29,14 @@ class AndesVL:
     decoder: Decoder
 
 
-def describe(config: AndesVLConfig) -> AndesVL:
-    """The one list of parameters: a tree of `Param`."""
-    return AndesVL(describe_vision(config.vision), describe_projector(config), describe_decoder(config.text))
+def describe(config: AndesVLConfig, recipe: Recipe | None = None) -> AndesVL:
+    """The one list of parameters: a tree of `Param`.
+
+    Args:
+      recipe: representations of the weights; the tree then has their leaf kinds, a `Param` in place of each array.
+    """
+    dense = AndesVL(describe_vision(config.vision), describe_projector(config), describe_decoder(config.text))
+    return dense if recipe is None else represent(dense, recipe)
 
 
 def encode_images(params: AndesVL, config: AndesVLConfig, images: ImageRow) -> jax.Array:

@@ -11,7 +11,7 @@ from andesvl_jax.cache.kv import Cache, reserve
 from andesvl_jax.config import AndesVLConfig, TextConfig
 from andesvl_jax.model.attention import Place, attend, attend_cache
 from andesvl_jax.model.layers import inverse_frequencies, layer_loop, rms_norm, rotate, rotation
-from andesvl_jax.weights import Leaf, Param, dot, embed, unembed
+from andesvl_jax.weights import Leaf, Param, apply, embed, unembed
 
 
 @struct.dataclass
@@ -70,12 +70,12 @@ def describe_decoder(config: TextConfig) -> Decoder:
 
 def embed_tokens(params: Decoder, config: AndesVLConfig, tokens) -> jax.Array:
     """int32 [B, T] -> [B, T, D]."""
-    return embed(tokens, params.embedding, jnp.dtype(config.dtype))
+    return embed(params.embedding, tokens, jnp.dtype(config.dtype))
 
 
 def logits(params: Decoder, hidden: jax.Array) -> jax.Array:
     """[..., D] after the final norm -> float32 [..., V]."""
-    return unembed(hidden, params.embedding if params.head is None else params.head)
+    return unembed(params.embedding if params.head is None else params.head, hidden)
 
 
 def decode(
@@ -111,7 +111,7 @@ def decode(
         cache = reserve(cache, place.positions)
 
     def heads(y, w, bias, norm):
-        y = dot(y, w, bias).reshape(b, t, -1, h)
+        y = apply(w, y, bias).reshape(b, t, -1, h)
         return y if norm is None else rms_norm(y, norm, text.norm_eps)
 
     def layer(carry, p: DecoderLayer, extra):
@@ -128,9 +128,9 @@ def decode(
         else:
             held = cache.replace(keys=keys, values=values)
             y = attend_cache(q, held, extra, place.positions, config.attention, config.attention_chunk)
-        x = x + dot(y.reshape(b, t, -1), p.o, p.o_bias)
+        x = x + apply(p.o, y.reshape(b, t, -1), p.o_bias)
         y = rms_norm(x, p.mlp_norm, text.norm_eps)
-        x = x + dot(jax.nn.silu(dot(y, p.gate)) * dot(y, p.up), p.down)
+        x = x + apply(p.down, jax.nn.silu(apply(p.gate, y)) * apply(p.up, y))
         observed = None if observe is None else jnp.take_along_axis(q, observe[:, :, None, None], axis=1)
         return (x, keys, values), observed
 

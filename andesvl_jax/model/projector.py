@@ -8,7 +8,7 @@ from flax import struct
 
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.model.layers import activation
-from andesvl_jax.weights import Leaf, Param, dot
+from andesvl_jax.weights import Leaf, Param, apply
 
 
 @struct.dataclass
@@ -32,4 +32,4 @@ def project(params: Projector, config: AndesVLConfig, x: jax.Array) -> jax.Array
     b, p, c = x.shape
     merged = config.vision.merge_size**2
     x = x.reshape(b, p // merged, merged * c)
-    return dot(activation("gelu")(dot(x, params.fc1, params.fc1_bias)), params.fc2, params.fc2_bias)
+    return apply(params.fc2, activation("gelu")(apply(params.fc1, x, params.fc1_bias)), params.fc2_bias)

@@ -12,7 +12,7 @@ from andesvl_jax.config import AndesVLConfig, VisionConfig
 from andesvl_jax.model.attention import Place, attend
 from andesvl_jax.model.layers import activation, inverse_frequencies, layer_loop, layer_norm, rms_norm, rotate, rotation
 from andesvl_jax.model.position_table import position_embedding
-from andesvl_jax.weights import Leaf, Param, dot
+from andesvl_jax.weights import Leaf, Param, apply
 
 
 @struct.dataclass
@@ -79,7 +79,7 @@ def describe_vision(config: VisionConfig) -> Vision:
 def embed_patches(params: Vision, config: AndesVLConfig, patches, coordinates, grids) -> jax.Array:
     """patches float [B, P, 3pp], coordinates and grids int32 [B, P, 2] -> [B, P, C] with position embedding."""
     vision, dtype = config.vision, jnp.dtype(config.dtype)
-    x = dot(patches.astype(dtype), params.patch, params.patch_bias)
+    x = apply(params.patch, patches.astype(dtype), params.patch_bias)
     if params.patch_norm is not None:
         x = rms_norm(x, params.patch_norm, vision.norm_eps)
     if params.table is not None:
@@ -105,18 +105,18 @@ def encode(params: Vision, config: AndesVLConfig, x, coordinates, segments) -> j
     def layer(x, p: VisionLayer, full):
         b, t, _ = x.shape
         y = norm(x, p.norm1, p.norm1_bias)
-        y = dot(y, p.qkv, p.qkv_bias).reshape(b, t, 3, -1, h)  # so that a cut between heads is none through q, k and v
+        y = apply(p.qkv, y, p.qkv_bias).reshape(b, t, 3, -1, h)  # so that a cut between heads is none through q, k and v
         q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
         if vision.use_rope:
             q, k = rotate(q, turn), rotate(k, turn)
         place = Place(present, segments if windows is None else jnp.where(full, segments, windows))
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         y = attend(q, k, v, place, place, False, config.attention, config.attention_chunk)
-        x = x + dot(y.reshape(b, t, c), p.proj, p.proj_bias)
+        x = x + apply(p.proj, y.reshape(b, t, c), p.proj_bias)
         y = norm(x, p.norm2, p.norm2_bias)
-        gate = act(dot(y, p.fc1, p.fc1_bias))
-        hidden = gate if p.fc3 is None else gate * dot(y, p.fc3, p.fc3_bias)
-        return x + dot(hidden, p.fc2, p.fc2_bias), None
+        gate = act(apply(p.fc1, y, p.fc1_bias))
+        hidden = gate if p.fc3 is None else gate * apply(p.fc3, y, p.fc3_bias)
+        return x + apply(p.fc2, hidden, p.fc2_bias), None
 
     full_layers = vision.full_attention_layers
     full = jnp.array([full_layers is None or i in full_layers for i in range(vision.num_layers)])

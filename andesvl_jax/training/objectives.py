@@ -33,7 +33,7 @@ def cross_entropy(
 
 
 def _chunk_loss(table: Leaf, x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    scores = unembed(x, table)
+    scores = unembed(table, x)
     # compared, not gathered: the gradient of a gather is a scatter into one more array of logits
     picked = jnp.sum(scores, axis=-1, where=targets[:, None] == jnp.arange(scores.shape[-1]))
     return jnp.sum(weights * (jax.nn.logsumexp(scores, axis=-1) - picked))

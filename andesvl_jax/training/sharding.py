@@ -6,6 +6,7 @@ layer runs (`weights.gathered`), what stands outside the layers once a step; ove
 channels and vocabulary entries stay where they are.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Sequence
@@ -21,8 +22,8 @@ from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.packing import MERGED, Budget
 from andesvl_jax.model.andesvl import AndesVL, describe
 from andesvl_jax.model.devices import HEAD_AXES, ROW_AXES
-from andesvl_jax.weights import CONTEXT, Param, dense, is_param, path_name
-from andesvl_jax.weights.gathered import Gathered, relayout
+from andesvl_jax.weights import CONTEXT, Gathered, LoRA, Param, Recipe, dense, is_leaf, is_param, path_name
+from andesvl_jax.weights.gathered import relayout
 
 MESH_AXES = ("data", "fsdp", CONTEXT, "tensor")  # slowest to fastest: neighbours on the interconnect share `tensor`
 STORED = ("fsdp", CONTEXT)  # mesh axes over which weights are stored in parts and gathered for use
@@ -57,8 +58,9 @@ class ShardingRules:
         Raises:
           UserError: a dimension does not divide, or one mesh axis would cut two dimensions; `name` says of what.
         """
-        matrix = len(param.shape) - (param.axes[0] == "layers") > 1
-        cuts = [self._cut(axis, size, mesh, name) for axis, size in zip(param.axes, param.shape, strict=True)]
+        matrix = len(param.shape) - param.stacked > 1
+        named = zip(param.axes, param.shape, strict=True)
+        cuts = [self._cut(axis, size, mesh, name, param.or_replicated) for axis, size in named]
         if not matrix:
             cuts = [tuple(a for a in cut if a not in STORED) for cut in cuts]
         used = [axis for cut in cuts for axis in cut]
@@ -70,12 +72,12 @@ class ShardingRules:
             )
         return P(*(cut[0] if len(cut) == 1 else cut or None for cut in cuts))
 
-    def _cut(self, axis: str | None, size: int, mesh: Mesh, name: str) -> Axes:
+    def _cut(self, axis: str | None, size: int, mesh: Mesh, name: str, or_replicated: bool) -> Axes:
         cut = () if axis is None else tuple(a for a in getattr(self, axis) if mesh.shape[a] > 1)
         parts = math.prod(mesh.shape[a] for a in cut)
         if size % parts == 0:
             return cut
-        if axis in self.or_replicated:
+        if or_replicated or axis in self.or_replicated:
             return ()
         raise UserError(
             f"sharding of {name}: its dimension {axis!r} has size {size}, expected a multiple of {parts}, the size of mesh axis "
@@ -131,11 +133,13 @@ def rules_for(config: AndesVLConfig, mesh: Mesh, rules: ShardingRules = Sharding
     return replace(rules, kv_heads=()) if config.text.num_kv_heads % parts else rules
 
 
-def param_shardings(config: AndesVLConfig, mesh: Mesh, rules: ShardingRules = ShardingRules()) -> AndesVL:
+def param_shardings(
+    config: AndesVLConfig, mesh: Mesh, rules: ShardingRules = ShardingRules(), recipe: Recipe | None = None
+) -> AndesVL:
     """Where every parameter is stored: the tree of parameters with `NamedSharding` leaves. Raises UserError as `rules_for`."""
     rules = rules_for(config, mesh, rules)
     at = lambda path, p: NamedSharding(mesh, rules.spec(p, mesh, path_name(path)))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(at, describe(config), is_leaf=is_param)
+    return jax.tree_util.tree_map_with_path(at, describe(config, recipe), is_leaf=is_param)
 
 
 def placement(config: AndesVLConfig, mesh: Mesh | None) -> Callable[[Param], NamedSharding] | None:
@@ -201,19 +205,32 @@ def check_budget(budget: Budget, mesh: Mesh) -> None:
             raise UserError(f"training field budget.{field}: found {found}, expected a multiple of {parts}, by --mesh: {of}.")
 
 
-def gather(params: AndesVL, config: AndesVLConfig, mesh: Mesh) -> AndesVL:
+def gather(params: AndesVL, config: AndesVLConfig, mesh: Mesh, recipe: Recipe | None = None) -> AndesVL:
     """Parameters as the network uses them: whole but for `tensor`, matrices of layers as leaves that are gathered one layer at a
     time."""
+    shardings = (param_shardings(config, mesh, rules, recipe) for rules in (ShardingRules(), IN_USE))
+    leaf = functools.partial(_gather_leaf, dtype=config.dtype, context=mesh.shape[CONTEXT])
+    return jax.tree.map(leaf, describe(config, recipe), params, *shardings, is_leaf=lambda x: is_param(x) or is_leaf(x))
 
-    def leaf(param: Param, w: jax.Array, stored: NamedSharding, used: NamedSharding):
-        if stored == used:
-            return w
-        stacked = param.axes[0] == "layers"
-        stored, used = (NamedSharding(mesh, P(*at.spec[stacked:])) for at in (stored, used))
-        return Gathered(w, stored, used) if stacked else relayout(dense(w, config.dtype), stored, used)
 
-    shardings = param_shardings(config, mesh), param_shardings(config, mesh, IN_USE)
-    return jax.tree.map(leaf, describe(config), params, *shardings, is_leaf=is_param)
+def _gather_leaf(described, w, stored, used, dtype: str, context: int):
+    if isinstance(described, LoRA):  # the base and each half of the adapter by itself
+        part = functools.partial(_gather_leaf, dtype=dtype, context=context)
+        parts = {name: part(*(getattr(x, name) for x in (described, w, stored, used))) for name in ("base", "a", "b")}
+        return w.replace(**parts)
+    params = jax.tree.leaves(described, is_leaf=is_param)
+    stored, used = (tuple(jax.tree.leaves(shardings)) for shardings in (stored, used))
+    if params[0].stacked:
+        stored, used = (tuple(map(_of_one_layer, shardings)) for shardings in (stored, used))
+        return w if stored == used else Gathered(w, stored, used)
+    if stored != used and not is_leaf(w):
+        w, stored = relayout(dense(w, dtype), stored[0], used[0]), used
+    matrix = len(params[0].shape) == 2 and params[0].init not in ("table", "position")
+    return Gathered(w, stored, used) if stored != used or (matrix and context > 1) else w
+
+
+def _of_one_layer(stacked: NamedSharding) -> NamedSharding:
+    return NamedSharding(stacked.mesh, P(*stacked.spec[1:]))
 
 
 def sharding_table(config: AndesVLConfig, mesh: Mesh) -> str:

@@ -1,7 +1,7 @@
-"""What the network may ask of a weight leaf. A new kind of leaf is one file that registers these four functions.
+"""What the network does with a weight leaf. A new kind of leaf is one file that registers these functions.
 
 Letters: i input width, o output width, E table entries, D table width. Leading axes of x are free.
-The default implementations serve plain arrays; other kinds register theirs with `@multiply.register(Kind)` and so on.
+The default implementations serve plain arrays; other kinds register theirs with `@apply.register(Kind)` and so on.
 """
 
 import functools
@@ -11,7 +11,8 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-CONTEXT = "context"  # the mesh axis that cuts the tokens of a row
+from andesvl_jax.errors import UserError
+
 Leaf = Any  # a jax.Array or a registered kind (LoRA, FakeQuantized, Packed, ...)
 _KINDS: list[type] = []
 
@@ -33,49 +34,54 @@ def dense(w: Leaf, dtype=None) -> jax.Array:
 
 
 @functools.singledispatch
-def multiply(w: Leaf, x: jax.Array) -> jax.Array:
-    if jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1) > 1:  # rows in parts cannot be laid end to end
-        return x @ dense(w, x.dtype)
+def apply(w: Leaf, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x [..., i] times leaf [i, o], plus bias [o] -> [..., o] in x's dtype.
+
+    The bias is inside, so that a leaf with a quantized output rounds what the deployed graph rounds.
+    """
     rows = x.reshape(-1, x.shape[-1])  # a 3-D operand makes XLA's CPU backward pass transpose the activations
-    return (rows @ dense(w, x.dtype)).reshape(*x.shape[:-1], -1)
+    y = (rows @ dense(w, x.dtype)).reshape(*x.shape[:-1], -1)
+    return add_bias(y, bias)
 
 
-@functools.singledispatch
-def lookup(w: Leaf, ids: jax.Array, dtype) -> jax.Array:
-    return jnp.take(w, ids, axis=0).astype(dtype)
-
-
-@functools.singledispatch
-def multiply_transposed(w: Leaf, x: jax.Array) -> jax.Array:
-    return jnp.einsum("...d,vd->...v", x, dense(w, x.dtype), preferred_element_type=jnp.float32)
-
-
-def dot(x: jax.Array, w: Leaf, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., i] times leaf [i, o] -> [..., o] in x's dtype, plus bias [o]."""
-    y = multiply(w, x)
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def embed(ids: jax.Array, w: Leaf, dtype) -> jax.Array:
+@functools.singledispatch
+def embed(table: Leaf, ids: jax.Array, dtype) -> jax.Array:
     """Rows [..., D] of table [E, D] at integer ids [...]."""
-    return lookup(w, ids, dtype)
+    return jnp.take(table, ids, axis=0).astype(dtype)
 
 
-def unembed(x: jax.Array, w: Leaf) -> jax.Array:
-    """x [..., D] times the transpose of table [E, D] -> float32 [..., E]: the tied output head."""
-    return multiply_transposed(w, x)
+@functools.singledispatch
+def unembed(table: Leaf, x: jax.Array) -> jax.Array:
+    """x [..., D] times the transpose of table [E, D] -> float32 [..., E]: the output head."""
+    return jnp.einsum("...d,vd->...v", x, dense(table, x.dtype), preferred_element_type=jnp.float32)
+
+
+@functools.singledispatch
+def output_range(w: Leaf) -> Any:
+    """The quantization range of the leaf's output; None: the output is not quantized."""
+    return None
+
+
+@functools.singledispatch
+def requantize(w: Leaf, y: jax.Array) -> jax.Array:
+    """y [..., o] rounded as the leaf's own output is: an adapter over the leaf adds in its range."""
+    return y
 
 
 def map_leaves(fn: Callable[[Leaf], Leaf], params, pattern: str, extra: Any = None):
     """Applies fn(leaf[, index]) to the leaves whose path ("decoder.layers.q") matches the regular expression.
 
     With `extra` (a PRNG key) fn is called as fn(leaf, key_i), one key per matched leaf in path order.
-    Raises ValueError when nothing matches, because a pattern that hits nothing is a typing mistake.
+    Raises UserError when nothing matches, because a pattern that hits nothing is a typing mistake.
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     hits = [i for i, (path, _) in enumerate(flat) if re.fullmatch(pattern, path_name(path))]
     if not hits:
-        raise ValueError(f"pattern {pattern!r} matches none of the {len(flat)} weight leaves")
+        raise UserError(f"pattern {pattern!r} matches none of the {len(flat)} weight leaves.")
     leaves = [leaf for _, leaf in flat]
     for n, i in enumerate(hits):
         leaves[i] = fn(leaves[i]) if extra is None else fn(leaves[i], jax.random.fold_in(extra, n))

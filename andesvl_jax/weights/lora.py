@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from andesvl_jax.errors import UserError
-from andesvl_jax.weights.leaf import Leaf, dense, dot, is_leaf, leaf_kind, map_leaves, multiply, path_name
+from andesvl_jax.weights.leaf import Leaf, apply, dense, is_leaf, leaf_kind, output_range, path_name, requantize
 
 DECODER_MATRICES = r"decoder\.layers\.(\d+\.)?(q|k|v|o|gate|up|down)"
 ALL_MATRICES = (
@@ -28,15 +28,26 @@ class LoRA:
     ids: jax.Array | None = None
 
 
-@multiply.register(LoRA)
-def _(w: LoRA, x):
-    y = dot(x, w.base)
-    a, b, scale = w.a.astype(x.dtype), w.b.astype(x.dtype), w.scale.astype(x.dtype)
+@apply.register(LoRA)
+def _(w: LoRA, x, bias=None):
+    y = apply(w.base, x, bias)
+    a, b, scale = dense(w.a, x.dtype), dense(w.b, x.dtype), w.scale.astype(x.dtype)
     if w.ids is None:
-        return y + scale * ((x @ a) @ b)
-    low = jnp.einsum("b...i,bir->b...r", x, a[w.ids])
-    delta = jnp.einsum("b...r,bro->b...o", low, b[w.ids])
-    return y + scale[w.ids].reshape(-1, *[1] * (x.ndim - 1)) * delta
+        delta = scale * ((x @ a) @ b)
+    else:
+        low = jnp.einsum("b...i,bir->b...r", x, a[w.ids])
+        delta = scale[w.ids].reshape(-1, *[1] * (x.ndim - 1)) * jnp.einsum("b...r,bro->b...o", low, b[w.ids])
+    return requantize(w.base, y + requantize(w.base, delta))
+
+
+@output_range.register(LoRA)
+def _(w: LoRA):
+    return output_range(w.base)
+
+
+@requantize.register(LoRA)
+def _(w: LoRA, y):
+    return requantize(w.base, y)
 
 
 @dense.register(LoRA)
@@ -45,17 +56,6 @@ def _(w: LoRA, dtype=None):
         raise ValueError("a stack of adapters has no single dense weight; take one adapter with `one_adapter` first")
     base = dense(w.base, dtype)
     return base + (w.scale[..., None, None] * (w.a @ w.b)).astype(base.dtype)
-
-
-def add_lora(params, key: jax.Array, rank: int, alpha: float, pattern: str = DECODER_MATRICES):
-    """Wraps each matched matrix leaf in a new adapter that changes nothing yet: a ~ N(0, 1/i), b = 0."""
-
-    def wrap(w: Leaf, key: jax.Array) -> LoRA:
-        *lead, i, o = jax.eval_shape(dense, w).shape
-        a = jax.random.normal(key, (*lead, i, rank)) * i**-0.5
-        return LoRA(w, a, jnp.zeros((*lead, rank, o)), jnp.full(lead, alpha / rank))
-
-    return map_leaves(wrap, params, pattern, extra=key)
 
 
 def merge_lora(params):
@@ -89,9 +89,8 @@ def stack_adapters(adapters, batch_ids: jax.Array):
             raise UserError(f"weights {name}: the adapters have ranks {', '.join(map(str, ranks))}, expected one rank for all.")
         _require_same(name, "base", [w.base for w in leaves])
         axis = first.scale.ndim  # behind the layer axis, if there is one
-        join = lambda name: jnp.stack([getattr(w, name) for w in leaves], axis)  # noqa: E731
-        ids = jnp.broadcast_to(batch_ids, (*first.scale.shape, *batch_ids.shape))
-        return LoRA(first.base, join("a"), join("b"), join("scale"), ids)
+        a, b, scale = (jnp.stack([getattr(w, part) for w in leaves], axis) for part in ("a", "b", "scale"))
+        return LoRA(first.base, a, b, scale, jnp.broadcast_to(batch_ids, (*first.scale.shape, *batch_ids.shape)))
 
     return jax.tree_util.tree_map_with_path(stack, *adapters, is_leaf=is_leaf)
 

@@ -1,4 +1,8 @@
-"""One description per array: shape, logical axes and initializer give abstract values, initial values and counts."""
+"""Shape, logical axes, dtype and initializer of every parameter: one description, many uses.
+
+Abstract values, initial values, counts, shardings, names on disk and optimizer labels follow from it.
+A weight leaf is described by the same leaf kind with a `Param` in place of each array.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,19 +14,32 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Param:
-    """An array that does not exist yet.
+    """Description of one array.
 
-    `axes` names each dimension for sharding ("layers", "embed", "heads", "mlp", "vocab", ...). Matrices are stored
-    [..., in, out] so that `dot(x, w)` contracts the last axis of x with the second-last of w; tables are [entries, width].
+    Matrices are stored [..., in, out], so that `apply(w, x)` contracts the last axis of x with the
+    second-last of w; tables are [entries, width].
+
+    Attributes:
+      axes: name of each dimension for sharding ("layers", "embed", "heads", "mlp", "vocab", ...).
+      init: initializer by name, or a number for a constant.
+      dtype: None: the configuration's param_dtype.
+      or_replicated: a dimension that the mesh does not divide is left whole instead of refused.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Literal["normal", "residual", "zeros", "ones", "table", "position"] = "normal"
+    init: Literal["normal", "residual", "zeros", "ones", "table", "position"] | float = "normal"
+    dtype: str | None = None
+    or_replicated: bool = False
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
             raise ValueError(f"Param of shape {self.shape} has {len(self.axes)} axis names {self.axes}, expected one each")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first dimension is that of the layers."""
+        return self.axes[:1] == ("layers",)
 
 
 def is_param(x: Any) -> bool:
@@ -31,7 +48,7 @@ def is_param(x: Any) -> bool:
 
 def abstract(description, dtype) -> Any:
     """The same tree with `jax.ShapeDtypeStruct` leaves: a restore target that allocates nothing."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), description, is_leaf=is_param)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype or dtype), description, is_leaf=is_param)
 
 
 def count(description) -> int:
@@ -40,21 +57,23 @@ def count(description) -> int:
 
 
 def initialize(description, key: jax.Array, dtype) -> Any:
-    """Initial values, one key per leaf by its place.
+    """Initial values, one key per array by its index in the tree.
 
     Matrices N(0, 1/fan_in), those that write into the residual stream a tenth of it, so that fresh layers do not drown a
     token; tables N(0, 0.05^2), the table of positions N(0, 0.5^2) because patches beside it have norm one; norms 1; biases 0.
     """
     params, tree = jax.tree.flatten(description, is_leaf=is_param)
-    return jax.tree.unflatten(tree, [_initial(p, jax.random.fold_in(key, i), dtype) for i, p in enumerate(params)])
+    keys = [jax.random.fold_in(key, i) for i in range(len(params))]
+    values = [initial_value(p, k, p.dtype or dtype) for p, k in zip(params, keys, strict=True)]
+    return jax.tree.unflatten(tree, values)
 
 
-def _initial(param: Param, key: jax.Array, dtype) -> jax.Array:
-    if param.init == "zeros":
-        return jnp.zeros(param.shape, dtype)
-    if param.init == "ones":
-        return jnp.ones(param.shape, dtype)
-    scale = {"normal": param.shape[-2] ** -0.5, "residual": 0.1 * param.shape[-2] ** -0.5, "table": 0.05, "position": 0.5}[
-        param.init
-    ]
-    return (scale * jax.random.normal(key, param.shape)).astype(dtype)
+def initial_value(param: Param, key: jax.Array, dtype) -> jax.Array:
+    """One array as its description says."""
+    if param.init in ("zeros", "ones") or not isinstance(param.init, str):
+        value = {"zeros": 0.0, "ones": 1.0}.get(param.init, param.init)
+        return jnp.full(param.shape, value, dtype)
+    deviation = {"table": 0.05, "position": 0.5}
+    if param.init in ("normal", "residual"):
+        deviation = {"normal": param.shape[-2] ** -0.5, "residual": 0.1 * param.shape[-2] ** -0.5}
+    return (deviation[param.init] * jax.random.normal(key, param.shape)).astype(dtype)

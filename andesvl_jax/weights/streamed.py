@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from andesvl_jax.weights import kernel
-from andesvl_jax.weights.leaf import Leaf, dense, leaf_kind, lookup, multiply, multiply_transposed
+from andesvl_jax.weights.leaf import Leaf, add_bias, apply, dense, embed, leaf_kind, unembed
 from andesvl_jax.weights.lora import LoRA
 
 FEW_ROWS = 8  # beyond, XLA's matrix product is faster: it reads the weights no more often and computes faster
@@ -31,20 +31,20 @@ def _(w: Streamed, dtype=None):
     return dense(w.rows if w.table else jnp.swapaxes(w.rows, -1, -2), dtype)
 
 
-@lookup.register(Streamed)
+@embed.register(Streamed)
 def _(w: Streamed, ids, dtype):
     if w.rows.dtype.itemsize != 2 or not kernel.available():
-        return lookup(w.rows, ids, dtype)
+        return embed(w.rows, ids, dtype)
     # XLA's CPU backend gathers no bfloat16: it would widen the whole table first
     return kernel.rows_of(ids.reshape(-1), w.rows).astype(dtype).reshape(*ids.shape, -1)
 
 
-@multiply.register(Streamed)
-def _(w: Streamed, x):
-    return (_few_rows(x, w.rows) if _is_few(x) else _many_rows(x, w.rows)).astype(x.dtype)
+@apply.register(Streamed)
+def _(w: Streamed, x, bias=None):
+    return add_bias((_few_rows(x, w.rows) if _is_few(x) else _many_rows(x, w.rows)).astype(x.dtype), bias)
 
 
-@multiply_transposed.register(Streamed)
+@unembed.register(Streamed)
 def _(w: Streamed, x):
     return _few_rows(x, w.rows) if _is_few(x) else _many_rows(x, w.rows)
 
@@ -59,7 +59,7 @@ def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     if kernel.available():
         y = kernel.few_rows(rows, w)
     elif w.dtype == rows.dtype:
-        y = multiply_transposed(w, rows)
+        y = unembed(w, rows)
     else:  # XLA fuses each sum of products into one loop over w, five times as fast as its dot of 16-bit numbers
         y = jnp.stack([jnp.sum(row * w.astype(row.dtype), -1) for row in rows])
     return y.reshape(*x.shape[:-1], -1)
@@ -68,8 +68,8 @@ def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 def _many_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., i], w [o, i] -> [..., o]; a 16-bit w is widened by itself: XLA would hold every matrix of the model in 32 bits."""
     if w.dtype.itemsize > 2 or not kernel.available():
-        return multiply(w.T, x)
-    return multiply(kernel.widened(w, x).T, x.astype(jnp.float32))
+        return apply(w.T, x)
+    return apply(kernel.widened(w, x).T, x.astype(jnp.float32))
 
 
 def stream_matrix(w: Leaf, dtype=None) -> Leaf:

@@ -19,7 +19,7 @@ import andesvl_jax as avl
 from andesvl_jax.checkpoints import hf
 from andesvl_jax.checkpoints.json_file import MAX_JSON_BYTES
 from andesvl_jax.checkpoints.names import EMBEDDING, TIED_HEAD, hf_shapes
-from andesvl_jax.weights import add_lora, is_leaf, merge_lora
+from andesvl_jax.weights import DECODER_MATRICES, Adapt, Rule, is_leaf, merge_lora, represent
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -186,7 +186,9 @@ def test_saving_over_a_directory_replaces_it_whole(model):
 
 def test_adapters_are_refused_until_they_are_merged(tmp_path):
     bundle = bundle_of(CONFIGS["aimv2"])
-    adapted = dataclasses.replace(bundle, params=add_lora(bundle.params, jax.random.key(0), 2, 4.0))
+    adapted = dataclasses.replace(
+        bundle, params=represent(bundle.params, [Rule(DECODER_MATRICES, Adapt(2, 4.0))], jax.random.key(0))
+    )
     with pytest.raises(avl.UserError, match=r"decoder\.layers\.q: a LoRA leaf"):
         avl.save(adapted, tmp_path / "model")
     assert not any(tmp_path.iterdir())

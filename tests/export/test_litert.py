@@ -11,7 +11,7 @@ from andesvl_jax.errors import UserError
 from andesvl_jax.export.checks import AGREEMENT, EXACT, export_checks
 from andesvl_jax.export.functions import ExportShapes
 from andesvl_jax.export.litert import export_litert
-from andesvl_jax.weights import add_lora, map_leaves, quantize_leaves, stack_adapters
+from andesvl_jax.weights import Adapt, Int8, Quantize, Rule, map_leaves, represent, stack_adapters
 from andesvl_jax.weights.lora import DECODER_MATRICES
 
 pytest.importorskip("litert_converter")
@@ -73,7 +73,9 @@ def test_weights_are_stored_once(tiny_bundle, tmp_path):
 @pytest.mark.parametrize("kind", ["adapter", "packed"])
 def test_other_leaves_become_dense_first(kind, tiny_bundle, tmp_path):
     bundle = tiny_bundle("aimv2")
-    params = _adapted(bundle.params) if kind == "adapter" else quantize_leaves(bundle.params, DECODER_MATRICES, 8)
+    params = (
+        _adapted(bundle.params) if kind == "adapter" else represent(bundle.params, [Rule(DECODER_MATRICES, Quantize(Int8()))])
+    )
     bundle = dataclasses.replace(bundle, params=params)
     export_litert(bundle, tmp_path / "made", SHAPES)
     checks = export_checks(bundle, tmp_path / "made")
@@ -125,5 +127,5 @@ def test_checks_find_an_export_of_other_weights(tiny_bundle, tmp_path):
 
 def _adapted(params):
     """With adapters that matter: b is not zero."""
-    params = add_lora(params, jax.random.key(5), rank=2, alpha=4.0)
+    params = represent(params, [Rule(DECODER_MATRICES, Adapt(2, 4.0))], jax.random.key(5))
     return map_leaves(lambda w: w.replace(b=0.3 * jnp.ones_like(w.b)), params, DECODER_MATRICES)

@@ -11,7 +11,7 @@ from andesvl_jax.errors import UserError
 from andesvl_jax.export.checks import EXACT, export_checks
 from andesvl_jax.export.functions import ExportShapes, stages
 from andesvl_jax.export.stablehlo import export_stablehlo, lower
-from andesvl_jax.weights import quantize_leaves
+from andesvl_jax.weights import Int4, Int8, Quantize, Rule, represent
 from andesvl_jax.weights.lora import DECODER_MATRICES
 
 SHAPES = ExportShapes(patches=(32,), prompt=(16,), slots=48)
@@ -49,7 +49,8 @@ def test_every_stage_is_checked_and_agrees(tiny_bundle, tmp_path):
 def test_packed_weights_stay_packed(tiny_bundle, tiny_sample, greedy, stranger, tmp_path):
     bundle = tiny_bundle("aimv2")
     dense = export_stablehlo(bundle, tmp_path / "dense", SHAPES)
-    params = quantize_leaves(quantize_leaves(bundle.params, DECODER_MATRICES, 4), r"vision\.layers\.(qkv|proj|fc.)", 8)
+    rules = [Rule(DECODER_MATRICES, Quantize(Int4())), Rule(r"vision\.layers\.(qkv|proj|fc.)", Quantize(Int8()))]
+    params = represent(bundle.params, rules)
     bundle = dataclasses.replace(bundle, params=params)
     packed = export_stablehlo(bundle, tmp_path / "packed", SHAPES)
     sample = tiny_sample(bundle)

@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_params, worst_leaf
 from andesvl_jax.model.andesvl import describe
 from andesvl_jax.model.decoder import logits
 from andesvl_jax.training.objectives import cross_entropy
-from andesvl_jax.weights import abstract, dense, quantize
+from andesvl_jax.weights import Int8, abstract, dense, pack
 
 
 def plain(params, hidden, slots, targets, weights):
@@ -89,7 +89,7 @@ def test_a_table_of_whole_numbers_and_weights_that_are_learned():
     """Codes have no gradient and stop none; a weight's gradient is its token's own loss."""
     config = tiny_config()
     params, (hidden, slots, targets, weights) = tiny_params(config), problem(config)
-    table = quantize(params.decoder.embedding, 8)
+    table = pack(params.decoder.embedding, Int8())
     packed = params.replace(decoder=params.decoder.replace(embedding=table))
     loss = lambda p, h, w: cross_entropy(p, h, slots, targets, w, chunk=5)[0]  # noqa: E731
     same = params.replace(decoder=params.decoder.replace(embedding=dense(table)))

@@ -12,23 +12,31 @@ from andesvl_jax.model.andesvl import forward, unstack_layers
 from andesvl_jax.model.decoder import logits
 from andesvl_jax.weights import (
     ALL_MATRICES,
+    Adapt,
     FakeQuantized,
+    Int4,
+    Int8,
     LoRA,
-    add_lora,
+    Packed,
+    Rule,
+    Scheme,
+    Simulate,
+    Ternary,
+    apply,
     dense,
-    dot,
     is_leaf,
     map_leaves,
     merge_lora,
+    pack,
     pack_leaves,
     path_name,
-    quantize,
-    simulate_leaves,
+    represent,
     stack_adapters,
 )
 
 CONFIG = tiny_config("aimv2", vision={"num_layers": 1}, text={"tie_word_embeddings": False})
 TABLES = r"decoder\.(embedding|head)"
+SHIFTS = (0, 6)
 TOLERANCE = 2e-5  # the same float32 numbers multiplied and summed in another order
 GRADIENT_TOLERANCE = 1e-4  # the gradient of a scale sums hundreds of products that partly cancel
 
@@ -43,17 +51,23 @@ def lora(w, seed: int = 0, alpha: float = 6.0) -> LoRA:
 KINDS = {
     "dense": lambda w: w,
     "lora": lora,
-    "fake 8": lambda w: FakeQuantized(w, 8),
-    "fake 4": lambda w: FakeQuantized(w, 4),
-    "fake 8, groups": lambda w: FakeQuantized(w, 8, 8),
-    "fake 4, groups": lambda w: FakeQuantized(w, 4, 8),
-    "packed 8": lambda w: quantize(w, 8),
-    "packed 4": lambda w: quantize(w, 4),
-    "packed 4, groups": lambda w: quantize(w, 4, 8),
-    "lora over packed 4": lambda w: lora(quantize(w, 4, 8)),
-    "lora over fake 8": lambda w: lora(FakeQuantized(w, 8)),
+    "fake int8": lambda w: FakeQuantized(w, Int8()),
+    "fake int4": lambda w: FakeQuantized(w, Int4()),
+    "fake int8, groups": lambda w: FakeQuantized(w, Int8(8)),
+    "fake int4, groups": lambda w: FakeQuantized(w, Int4(8)),
+    "fake ternary": lambda w: FakeQuantized(w, Ternary(8)),
+    "packed int8": lambda w: pack(w, Int8()),
+    "packed int4": lambda w: pack(w, Int4()),
+    "packed int4, groups": lambda w: pack(w, Int4(8)),
+    "packed ternary": lambda w: pack(w, Ternary(8)),
+    "lora over packed int4": lambda w: lora(pack(w, Int4(8))),
+    "lora over fake int8": lambda w: lora(FakeQuantized(w, Int8())),
 }
-TABLE_KINDS = [lambda w: quantize(w, 8, axis=-1), lambda w: quantize(w, 4, 8, axis=-1), lambda w: FakeQuantized(w, 4, 8, axis=-1)]
+TABLE_KINDS = [
+    lambda w: pack(w, Int8(), axis=-1),
+    lambda w: pack(w, Ternary(8), axis=-1),
+    lambda w: FakeQuantized(w, Int4(8), axis=-1),
+]
 
 
 def mixed(params, shift: int):
@@ -68,8 +82,9 @@ def adapted(params, seed: int, alpha: float = 6.0):
     return map_leaves(lambda w: lora(w, seed, alpha), params, ALL_MATRICES)
 
 
-def simulated(params, bits: int, group: int | None):
-    return simulate_leaves(simulate_leaves(params, ALL_MATRICES, bits, group), TABLES, bits, group, axis=-1)
+def simulated(params, scheme: Scheme):
+    rules = [Rule(ALL_MATRICES, Simulate(scheme)), Rule(TABLES, Simulate(scheme, axis=-1))]
+    return represent(params, rules)
 
 
 def batch():
@@ -124,7 +139,7 @@ def without_integers(gradient, params):
     return jax.tree.map(lambda g, p: jnp.zeros(p.shape) if g.dtype == jax.dtypes.float0 else g, gradient, params)
 
 
-@pytest.mark.parametrize("shift", [0, 4])
+@pytest.mark.parametrize("shift", SHIFTS)
 def test_the_network_treats_each_representation_as_the_weights_it_stands_for(shift):
     plain = tiny_params(CONFIG)
     params = mixed(plain, shift)
@@ -141,18 +156,20 @@ def test_the_network_treats_each_representation_as_the_weights_it_stands_for(shi
 def test_the_table_of_representations_is_complete():
     """Between them the two mixed networks above hold every kind, and a matrix of each part in several."""
     found = set()
-    for shift in (0, 4):
+    for shift in SHIFTS:
         leaves = jax.tree.leaves(mixed(tiny_params(CONFIG), shift), is_leaf=is_leaf)
         nested = [w.base for w in leaves if isinstance(w, LoRA)]
         for w in [*leaves, *nested]:
-            found.add((type(w).__name__, getattr(w, "bits", None), getattr(w, "group", None) is not None))
-    assert {("LoRA", None, False)} | {(kind, bits, False) for kind in ("Packed", "FakeQuantized") for bits in (8, 4)} <= found
-    assert {("FakeQuantized", 8, True), ("FakeQuantized", 4, True)} <= found
+            scheme = getattr(w, "scheme", None)
+            found.add((type(w), type(scheme), getattr(scheme, "group", None) is not None))
+    every = {(kind, scheme) for kind in (Packed, FakeQuantized) for scheme in (Int8, Int4, Ternary)}
+    assert {(LoRA, type(None))} | every <= {(kind, scheme) for kind, scheme, _ in found}
+    assert {(FakeQuantized, Int8, True), (FakeQuantized, Int4, True), (Packed, Int4, False)} <= found
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 8), (4, None), (4, 8)])
-def test_fake_quantization_stands_for_the_packed_weights_bit_for_bit(bits, group):
-    params = simulated(tiny_params(CONFIG), bits, group)
+@pytest.mark.parametrize("scheme", [Int8(), Int8(8), Int4(), Int4(8), Ternary(), Ternary(8)], ids=str)
+def test_fake_quantization_equals_the_packed_weights_bit_for_bit(scheme):
+    params = simulated(tiny_params(CONFIG), scheme)
     packed = pack_leaves(params)
     assert not any(isinstance(w, FakeQuantized) for w in jax.tree.leaves(packed, is_leaf=is_leaf))
     for fake, real in zip(jax.tree.leaves(as_dense(params)), jax.tree.leaves(as_dense(packed)), strict=True):
@@ -160,7 +177,7 @@ def test_fake_quantization_stands_for_the_packed_weights_bit_for_bit(bits, group
 
 
 def test_training_through_fake_quantization_is_straight_through():
-    params = simulated(tiny_params(CONFIG), 4, 8)
+    params = simulated(tiny_params(CONFIG), Int4(8))
     found, gradient = scores_and_gradient(params)
     expected, at_packed = scores_and_gradient(as_dense(pack_leaves(params)))
     assert max_relative(found, expected) <= TOLERANCE
@@ -186,12 +203,12 @@ def test_adapters_picked_by_index_equal_each_adapter_alone():
 
 def test_a_new_adapter_changes_nothing_bit_for_bit():
     params = tiny_params(CONFIG)
-    fresh, other = (add_lora(params, jax.random.key(seed), rank=4, alpha=8.0, pattern=ALL_MATRICES) for seed in (5, 6))
+    fresh, other = (represent(params, [Rule(ALL_MATRICES, Adapt(4, 8.0))], jax.random.key(seed)) for seed in (5, 6))
     for leaf in jax.tree.leaves(fresh, is_leaf=is_leaf):
         if isinstance(leaf, LoRA):
             leaf = jax.tree.map(lambda a: a[0], leaf) if leaf.scale.ndim else leaf  # a scan hands out one layer at a time
             x = jax.random.normal(jax.random.key(0), (3, leaf.a.shape[-2]))
-            np.testing.assert_array_equal(dot(x, leaf), dot(x, leaf.base))
+            np.testing.assert_array_equal(apply(leaf, x), apply(leaf.base, x))
             np.testing.assert_array_equal(dense(leaf), leaf.base)
     # whole networks are compared within one program, because XLA may round two different programs differently
     np.testing.assert_array_equal(scores(fresh), scores(other))
@@ -202,7 +219,7 @@ def test_doubling_alpha_doubles_the_change_of_every_adapted_matrix():
     params = tiny_params(CONFIG)
 
     def merged(alpha: float):
-        fresh = add_lora(params, jax.random.key(1), rank=3, alpha=alpha, pattern=ALL_MATRICES)
+        fresh = represent(params, [Rule(ALL_MATRICES, Adapt(3, alpha))], jax.random.key(1))
         return fresh, jax.tree.leaves(merge_lora(map_leaves(lambda w: w.replace(b=w.b + 0.5), fresh, ALL_MATRICES)))
 
     flat, _ = jax.tree_util.tree_flatten_with_path(merged(5.0)[0], is_leaf=is_leaf)

@@ -6,21 +6,21 @@ import pytest
 from tiny import tiny_config, tiny_params
 
 from andesvl_jax.errors import UserError
-from andesvl_jax.weights import add_lora, quantize_leaves, stack_adapters
+from andesvl_jax.weights import Adapt, Int8, Quantize, Rule, represent, stack_adapters
 
 CONFIG = tiny_config()
 IDS = jnp.zeros(2, jnp.int32)
 
 
 def adapter(params, rank=2, pattern=r"decoder\.layers\.q", seed=0):
-    return add_lora(params, jax.random.key(seed), rank=rank, alpha=4.0, pattern=pattern)
+    return represent(params, [Rule(pattern, Adapt(rank, 4.0))], jax.random.key(seed))
 
 
 def test_adapters_that_do_not_belong_together_are_refused():
     params, others = tiny_params(CONFIG), tiny_params(CONFIG, seed=1)
     first = adapter(params)
     elsewhere = params.replace(projector=others.projector)
-    packed = quantize_leaves(params, r"decoder\.layers\.q", 8)
+    packed = represent(params, [Rule(r"decoder\.layers\.q", Quantize(Int8()))])
     for adapters, message in (
         ([], "at least one"),
         ([first, adapter(params, rank=3)], r"decoder\.layers\.q: the adapters have ranks 2, 3, expected one rank"),

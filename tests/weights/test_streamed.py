@@ -10,7 +10,21 @@ from tiny import max_relative, random_sample, tiny_batch, tiny_config, tiny_para
 
 from andesvl_jax.export.functions import ExportShapes, stages
 from andesvl_jax.model.andesvl import for_decoding, forward
-from andesvl_jax.weights import LoRA, Streamed, add_lora, dense, dot, embed, is_leaf, kernel, stream_matrix, stream_table, unembed
+from andesvl_jax.weights import (
+    Adapt,
+    LoRA,
+    Rule,
+    Streamed,
+    apply,
+    dense,
+    embed,
+    is_leaf,
+    kernel,
+    represent,
+    stream_matrix,
+    stream_table,
+    unembed,
+)
 from andesvl_jax.weights.streamed import FEW_ROWS
 
 TOLERANCE = 2e-6  # float32 sums of up to 3072 terms
@@ -34,8 +48,8 @@ def test_products_equal_those_in_double_precision(way, shape, dtype):
     w = jnp.asarray(rng.normal(size=(i, o)), dtype)
     x = jnp.asarray(rng.normal(size=(rows, i)), jnp.float32)
     exact = np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.float32), np.float64)
-    assert max_relative(jax.jit(dot)(x, stream_matrix(w)), exact) <= TOLERANCE
-    assert max_relative(jax.jit(unembed)(x, stream_table(w.T)), exact) <= TOLERANCE
+    assert max_relative(jax.jit(apply)(stream_matrix(w), x), exact) <= TOLERANCE
+    assert max_relative(jax.jit(unembed)(stream_table(w.T), x), exact) <= TOLERANCE
 
 
 @needs_kernel
@@ -43,9 +57,9 @@ def test_a_row_of_few_is_the_row_alone_bit_for_bit():
     rng = np.random.default_rng(1)
     w = stream_matrix(jnp.asarray(rng.normal(size=(200, 301)), jnp.bfloat16))
     x = jnp.asarray(rng.normal(size=(FEW_ROWS, 200)), jnp.float32)
-    together = dot(x, w)
+    together = apply(w, x)
     for row in range(FEW_ROWS):
-        np.testing.assert_array_equal(dot(x[row : row + 1], w)[0], together[row])
+        np.testing.assert_array_equal(apply(w, x[row : row + 1])[0], together[row])
 
 
 def test_leaves_stand_for_their_matrices(way):
@@ -54,12 +68,12 @@ def test_leaves_stand_for_their_matrices(way):
     np.testing.assert_array_equal(dense(stream_matrix(matrix)), matrix)
     np.testing.assert_array_equal(dense(stream_table(table)), table)
     ids = jnp.array([3, 3, 19])
-    np.testing.assert_array_equal(embed(ids, stream_table(table), "float32"), table[ids])
+    np.testing.assert_array_equal(embed(stream_table(table), ids, "float32"), table[ids])
     half = table.astype("bfloat16")
-    np.testing.assert_array_equal(embed(ids[None], stream_table(half), "float32"), half[ids][None].astype("float32"))
+    np.testing.assert_array_equal(embed(stream_table(half), ids[None], "float32"), half[ids][None].astype("float32"))
     assert stream_matrix(matrix, "bfloat16").rows.dtype == jnp.bfloat16
-    bf16 = dot(jnp.ones((1, 12), jnp.bfloat16), stream_matrix(matrix))
-    assert bf16.dtype == jnp.bfloat16 and unembed(jnp.ones((1, 12), jnp.bfloat16), stream_table(table)).dtype == jnp.float32
+    bf16 = apply(stream_matrix(matrix), jnp.ones((1, 12), jnp.bfloat16))
+    assert bf16.dtype == jnp.bfloat16 and unembed(stream_table(table), jnp.ones((1, 12), jnp.bfloat16)).dtype == jnp.float32
 
 
 @needs_kernel
@@ -68,18 +82,20 @@ def test_the_kernel_works_inside_loops_and_beside_itself():
     w = [stream_matrix(jnp.asarray(np.random.default_rng(i).normal(size=(64, 64)) / 8, jnp.float32)) for i in range(8)]
     x = jnp.ones((2, 64))
     plain = [dense(m) for m in w]
-    looped = jax.jit(lambda x: jax.lax.while_loop(lambda c: c[0] < 5, lambda c: (c[0] + 1, jnp.tanh(dot(c[1], w[0]))), (0, x))[1])
+    looped = jax.jit(
+        lambda x: jax.lax.while_loop(lambda c: c[0] < 5, lambda c: (c[0] + 1, jnp.tanh(apply(w[0], c[1]))), (0, x))[1]
+    )
     expected = x
     for _ in range(5):
         expected = jnp.tanh(expected @ plain[0])
     assert max_relative(looped(x), expected) <= TOLERANCE
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *w)
-    scanned = jax.jit(lambda x: jax.lax.scan(lambda x, m: (jnp.tanh(dot(x, m)), None), x, stacked)[0])
+    scanned = jax.jit(lambda x: jax.lax.scan(lambda x, m: (jnp.tanh(apply(m, x)), None), x, stacked)[0])
     expected = x
     for m in plain:
         expected = jnp.tanh(expected @ m)
     assert max_relative(scanned(x), expected) <= 8 * TOLERANCE
-    wide = jax.jit(lambda x: [dot(x, m) for m in w * 8])
+    wide = jax.jit(lambda x: [apply(m, x) for m in w * 8])
     for _ in range(20):
         for found, m in zip(wide(x), plain * 8, strict=True):
             assert max_relative(found, x @ m) <= TOLERANCE
@@ -94,7 +110,7 @@ def test_many_rows_widen_one_16_bit_matrix_at_a_time():
 
     def chain(x, matrices):
         for w in matrices:
-            x = jnp.tanh(dot(x, w))
+            x = jnp.tanh(apply(w, x))
         return x
 
     x = jnp.asarray(rng.normal(size=(40, 256)), jnp.float32)
@@ -102,14 +118,14 @@ def test_many_rows_widen_one_16_bit_matrix_at_a_time():
     assert max_relative(chain(x, streamed), expected) <= 8 * TOLERANCE
     odd = stream_matrix(jnp.asarray(rng.normal(size=(37, 21)), jnp.bfloat16))  # no multiple of what the kernel takes at a time
     y = jnp.asarray(rng.normal(size=(40, 37)), jnp.float32)
-    assert max_relative(dot(y, odd), y @ dense(odd, jnp.float32)) <= TOLERANCE
+    assert max_relative(apply(odd, y), y @ dense(odd, jnp.float32)) <= TOLERANCE
     compiled = jax.jit(chain).lower(x, streamed).compile().memory_analysis()
     assert compiled.temp_size_in_bytes <= 2 * 4 * 256 * 256 + 4 * x.nbytes
 
 
 def test_decoding_parameters_hold_every_matrix_of_the_decoder_streamed_and_no_other():
     config = tiny_config(text={"tie_word_embeddings": False})
-    params = add_lora(tiny_params(config), jax.random.key(0), rank=2, alpha=4.0, pattern=r"decoder\.layers\.q")
+    params = represent(tiny_params(config), [Rule(r"decoder\.layers\.q", Adapt(2, 4.0))], jax.random.key(0))
     ready = for_decoding(params, "bfloat16")
     layer = ready.decoder.layers[1]
     assert isinstance(layer.q, LoRA) and isinstance(layer.q.base, Streamed) and layer.q.a.dtype == jnp.float32
@@ -141,7 +157,7 @@ def test_training_and_export_never_meet_the_kernel():
     for stage in stages(params, config, ExportShapes(patches=(8,), prompt=(8,), slots=16)):
         lowered.append(jax.jit(stage.call).lower(stage.weights, stage.cache, stage.inputs).as_text())
     assert len(lowered) == 4 and not any("andesvl" in text for text in lowered)
-    decoding = jax.jit(lambda p, x: unembed(x, p.decoder.embedding)).lower(for_decoding(params), jnp.ones((1, 24))).as_text()
+    decoding = jax.jit(lambda p, x: unembed(p.decoder.embedding, x)).lower(for_decoding(params), jnp.ones((1, 24))).as_text()
     assert ("andesvl_few_rows" in decoding) == kernel.available()  # the search would find it
 
 
