@@ -123,22 +123,21 @@ def represent(tree, recipe: Recipe | Sequence[Rule], key: jax.Array | None = Non
     rules = recipe.rules if isinstance(recipe, Recipe) else tuple(recipe)
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_leaf(x) or is_param(x))
     names, leaves = [path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
-    taken: dict[tuple[bool, str], str] = {}
+    taken: dict[tuple[bool, int], int] = {}  # (adapted, leaf) -> rule
     for number, rule in enumerate(rules):
         hits = [i for i, name in enumerate(names) if re.fullmatch(rule.pattern, name)]
         if not hits:
             raise UserError(f"recipe rule {rule.pattern!r} matches none of the {len(leaves)} weights, such as {names[0]}.")
+        adapts = isinstance(rule.form, Adapt)
         for i in hits:
-            kind = isinstance(rule.form, Adapt)
-            before = taken.setdefault((kind, names[i]), rule.pattern)
-            if before is not rule.pattern or (not kind and isinstance(leaves[i], LoRA)):
+            first = taken.setdefault((adapts, i), number)
+            if first != number or (not adapts and isinstance(leaves[i], LoRA)):
                 raise UserError(
-                    f"recipe: {names[i]} is matched by {before!r} and by {rule.pattern!r}, expected one rule to quantize a "
-                    "weight and then at most one to adapt it."
+                    f"recipe: {names[i]} is matched by {rules[first].pattern!r} and by {rule.pattern!r}, expected one rule to "
+                    "quantize a weight and then at most one to adapt it."
                 )
-            leaves[i] = _represented(
-                leaves[i], names[i], rule.form, None if key is None else jax.random.fold_in(key, 2**16 * number + i)
-            )
+            own_key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), i)
+            leaves[i] = _represented(leaves[i], names[i], rule.form, own_key)
     return jax.tree.unflatten(treedef, leaves)
 
 
