@@ -37,7 +37,7 @@ class LayerView:
 
 
 def streaming(view: LayerView) -> jax.Array:
-    """StreamingLLM (2309.17453): the most recent tokens; sinks are protected by `kept`. Original positions are kept."""
+    """StreamingLLM (2309.17453): the most recent tokens; sinks are protected by `keep_mask`. Original positions are kept."""
     return view.positions.astype(jnp.float32)
 
 
@@ -125,14 +125,14 @@ def kept_slots(view: LayerView, length, eviction: Eviction) -> jax.Array:
       length: int32 [B], tokens of each row's prompt.
     """
     slots = eviction.slots(view.positions.shape[-1])
-    keep = kept(view, POLICIES[eviction.policy](view), length, eviction)
+    keep = keep_mask(view, POLICIES[eviction.policy](view), length, eviction)
     size = keep.shape[-1]
     order = jnp.where(keep, size - jnp.arange(size), 0)  # top_k of this picks the kept slots, earliest first
     rank, index = jax.lax.top_k(order, slots)
     return jnp.where(rank > 0, index, -1)
 
 
-def kept(view: LayerView, scores: jax.Array, length, eviction: Eviction) -> jax.Array:
+def keep_mask(view: LayerView, scores: jax.Array, length, eviction: Eviction) -> jax.Array:
     """bool [B, K, C]: what stays. Sinks come first, then the observation window, latest first, then the highest scores.
 
     Everything depends on the row alone: neither the bucket nor the other rows of the batch change what it keeps.

@@ -20,10 +20,17 @@ TEXT, PICTURE, PADDING = 0, 1, -1  # modalities
 
 @struct.dataclass
 class KeyValues:
-    """Keys (after RoPE) and values of some tokens, [L, B, K, T, H]."""
+    """Keys (after RoPE) and values of some tokens.
+
+    Attributes:
+      keys, values: [L, B, K, T, H].
+      after_reads: int32 [B], zeros that depend on every read of the cache that the tokens saw, or None. `append` adds them to
+        the slots, so that XLA orders the write behind the reads and needs no copy of the cache in between.
+    """
 
     keys: jax.Array
     values: jax.Array
+    after_reads: jax.Array | None = None
 
 
 @struct.dataclass
@@ -35,8 +42,8 @@ class Cache:
       positions: int32 [L, B, K, C], -1 = empty.
       modality: int8 [L, B, K, C], TEXT, PICTURE or PADDING (empty).
       length: int32 [B], position of the next token of each row.
-      compiled: reads of a few queries and writes go through the C++ kernels, which have no gradient and serve one CPU device
-        and plain arrays.
+      compiled: reads of a few queries and writes go through the C++ kernels, which have no gradient and serve one CPU
+        device.
     """
 
     keys: Store
@@ -117,6 +124,8 @@ def append(cache: Cache | RaggedCache, new_kv: KeyValues, slots: Any, positions:
     if slots.ndim == 2:
         slots = slots[:, None]
     slots = jnp.broadcast_to(slots, (*slots.shape[:-3], rows, heads, tokens))
+    if new_kv.after_reads is not None:
+        slots = slots + new_kv.after_reads[:, None, None]
     modality = jnp.where(positions >= 0, modality, PADDING).astype(jnp.int8)
     spread = lambda x: jnp.broadcast_to(x[None, :, None], new_kv.keys.shape[:-1])  # noqa: E731
     new = (
@@ -141,6 +150,8 @@ def append_run(cache: Cache, new_kv: KeyValues, start: jax.Array, positions: jax
     one = cache_from(new_kv, positions, modality)
     new = encode_like(cache.keys, one.keys), encode_like(cache.values, one.values), one.positions, one.modality
     old = cache.keys, cache.values, cache.positions, cache.modality
+    if new_kv.after_reads is not None:
+        start = start + new_kv.after_reads.sum()
     write = lambda x, rows: jax.lax.dynamic_update_slice_in_dim(x, rows, start, 3)  # noqa: E731
     keys, values, places, kinds = jax.tree.map(write, old, new)
     length = jnp.maximum(cache.length, one.length)
@@ -230,15 +241,18 @@ def cache_bytes(cache: Cache | RaggedCache) -> int:
 def _write(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     """x [L, B, K, C, ...] with rows [L, B, K, T, ...] at slots [B, K, T] or [L, B, K, T]."""
     slots = jnp.where(slots < 0, x.shape[3], slots)  # out of range: dropped, where -1 would be the last slot
-    if slots.ndim == 3:  # one scattered row of all layers
-        fn, axes = (lambda x, rows, at: x.at[:, at].set(rows, mode="drop")), ((1, 1, 0), (1, 1, 0))
-    else:
-        fn, axes = (lambda x, rows, at: x.at[at].set(rows, mode="drop")), (0, 0, 0)
-        fn, axes = jax.vmap(fn, axes, 0), ((1, 1, 1), (1, 1, 1))
+    batch = tuple(range(4 - slots.ndim, 3))  # axes that slots share with x; in front of them every index
+    window = (*range(batch[0]), *range(4, x.ndim))
+    axes = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=window,
+        inserted_window_dims=(3,),
+        scatter_dims_to_operand_dims=(3,),
+        operand_batching_dims=batch,
+        scatter_indices_batching_dims=tuple(range(len(batch))),
+    )
     words = _words(x)
-    for axis in axes:
-        fn = jax.vmap(fn, axis, 1)
-    out = fn(words, _words(rows), slots)
+    mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+    out = jax.lax.scatter(words, slots[..., None], _words(rows), axes, mode=mode)
     return out if words is x else jax.lax.bitcast_convert_type(out, x.dtype)
 
 
@@ -273,5 +287,6 @@ def _layers_of(slots: Any, cache: Cache | RaggedCache) -> Sequence[jax.Array]:
 
 
 def _by_layer(fn, cache: RaggedCache, new_kv: KeyValues, slots: Sequence[jax.Array]) -> RaggedCache:
-    tokens = [jax.tree.map(lambda x, i=i: x[i : i + 1], new_kv) for i in range(cache.layers)]
+    cut = lambda i: new_kv.replace(keys=new_kv.keys[i : i + 1], values=new_kv.values[i : i + 1])  # noqa: E731
+    tokens = [cut(i) for i in range(cache.layers)]
     return RaggedCache(tuple(fn(*args) for args in zip(cache.parts, tokens, slots, strict=True)))

@@ -1,8 +1,8 @@
-"""Kinds of storage of the keys or values of a KV cache, and the four operations that attention and writing need.
+"""Kinds of storage of the keys or values of a KV cache, and the operations that attention and writing need.
 
 A store is a pytree of arrays [..., S, *]: all of them share the axes in front of the slots, so that slots are gathered, padded,
 sliced and written by `jax.tree.map` for every kind alike. Plain arrays are served by the defaults; another kind is one class
-that registers `encode`, `dense`, `scores` and `mix`.
+that registers `encode_like`, `dense`, `scores`, `mix` and `kernel_arrays`.
 B batch rows, T queries, S slots, N query heads, K kv heads, G = N / K, H head width.
 """
 
@@ -58,6 +58,12 @@ def mix(store: Store, weights: jax.Array, dtype) -> jax.Array:
     return jnp.einsum("bktgs,bksh->bktgh", weights.astype(dtype), store.astype(dtype), preferred_element_type=jnp.float32)
 
 
+@functools.singledispatch
+def kernel_arrays(store: Store) -> tuple[jax.Array, jax.Array | None]:
+    """The numbers [..., S, H] and their scales [..., S], or None, that `kernels.cpu.few_queries` reads of a store."""
+    return store, None
+
+
 @struct.dataclass
 class Int8Rows:
     """codes int8 [..., S, H] times scales float32 [..., S]: one scale per kv head and token, symmetric round to nearest."""
@@ -92,3 +98,8 @@ def _(store: Int8Rows, q):
 @mix.register(Int8Rows)
 def _(store: Int8Rows, weights, dtype):
     return mix(store.codes, weights * store.scales[:, :, None, None], dtype)
+
+
+@kernel_arrays.register(Int8Rows)
+def _(store: Int8Rows):
+    return store.codes, store.scales

@@ -1,6 +1,6 @@
-// What decoding on CPU spends its time on: the products of a few rows with large matrices, and attention of a few queries to the
-// KV cache and to their own tokens, and the writes into that cache. Both read each number in memory once. Weights and cache are float32 or bfloat16 and are widened in registers, all
-// else is float32; everything is row-major without padding. Each number of a result is summed by one thread in one order, so it
+// What decoding on CPU spends its time on: the products of a few rows with large matrices, attention of a few queries to the KV
+// cache and to their own tokens, and the writes into that cache. Each number in memory is read once. Weights and cache are float32
+// or bfloat16, the cache also int8 with scales, and are widened in registers; all else is float32; everything is row-major without padding. Each number of a result is summed by one thread in one order, so it
 // depends neither on the number of threads, nor on which of them does what, nor on the other rows.
 
 #ifdef __AVX512F__
@@ -31,6 +31,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 struct BFloat16 { uint16_t bits; };
 
@@ -51,6 +52,8 @@ inline Floats wide(const BFloat16* w) {
 #endif
   return (Floats)(words << 16);
 }
+
+inline Floats wide(const int8_t* w) { return __builtin_convertvector(load<Bytes>(w), Floats); }
 
 // The last few numbers of a row, filled up with zeros.
 template <typename T>
@@ -160,11 +163,12 @@ void mix(const T* values, int64_t used, const float* own, int64_t owned, const f
   for (int r = 0; r < R; ++r) std::memcpy(y[r], sums[r], sizeof(sums[r]));
 }
 
-// The arguments of attention for one batch row and kv head: cached keys and values [C, H] of the slots at `positions`, own ones
-// [T, H], `at` [T], `mask` [T, T] or null.
+// The arguments of attention for one batch row and kv head: cached keys and values [C, H] of the slots at `positions`, their
+// scales [C] or null, own ones [T, H], `at` [T], `mask` [T, T] or null.
 template <typename T>
 struct Head {
   const T *keys, *values;
+  const float *key_scales, *value_scales;
   const int32_t* positions;
   const float *own_keys, *own_values;
   const int32_t* at;
@@ -194,6 +198,8 @@ void attend_head(const float* q, const Head<T>& head, float* y, Heads h) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = r / group;
     float *w = weights + r * stride, most = -INFINITY;
+    if (head.key_scales)
+      for (int64_t c = 0; c < used; ++c) w[c] *= head.key_scales[c];
     for (int64_t c = 0; c < used; ++c) {
       if (head.positions[c] < 0 || head.positions[c] > head.at[t]) w[c] = -INFINITY;
       most = std::max(most, w[c]);
@@ -213,6 +219,8 @@ void attend_head(const float* q, const Head<T>& head, float* y, Heads h) {
     }
     const float sums = sum(total), inverse = sums > 0 ? 1 / sums : 0;
     for (int64_t c = 0; c < stride; ++c) w[c] *= inverse;
+    if (head.value_scales)
+      for (int64_t c = 0; c < used; ++c) w[c] *= head.value_scales[c];
   }
 
   const auto columns = [&](auto vectors, int64_t k) {
@@ -237,10 +245,11 @@ void attend(ffi::ThreadPool& pool, const float* q, const Head<T>& all, float* y,
   in_parts(pool, h.batch * h.kv_heads, [&](int64_t p) {
     const int64_t b = p / h.kv_heads, first = (b * h.tokens * h.heads + p % h.kv_heads * (h.heads / h.kv_heads)) * h.width;
     const int64_t kv = p * h.slots * h.width, own = p * h.tokens * h.width;
-    const bool* mask = all.mask ? all.mask + b * h.tokens * h.tokens : nullptr;
+    const auto shifted = [](auto* from, int64_t by) { return from ? from + by : nullptr; };
     attend_head<T>(q + first,
-                   {all.keys + kv, all.values + kv, all.positions + p * h.slots, all.own_keys + own, all.own_values + own,
-                    all.at + b * h.tokens, mask},
+                   {all.keys + kv, all.values + kv, shifted(all.key_scales, p * h.slots), shifted(all.value_scales, p * h.slots),
+                    all.positions + p * h.slots, all.own_keys + own, all.own_values + own, all.at + b * h.tokens,
+                    shifted(all.mask, b * h.tokens * h.tokens)},
                    y + first, h);
   });
 }
@@ -297,17 +306,20 @@ ffi::Error widened(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> w, ffi::AnyBuffe
 }
 
 // One layer of a cache: keys and values [L, B, K, C, H], the positions of their slots [L, B, K, C]; q, y [B, T, N, H], at [B, T],
-// own keys and values [B, K, T, H], mask [B, T, T] or empty.
+// own keys and values [B, K, T, H], mask [B, T, T] or empty, scales of int8 keys and values [L, B, K, C] or empty.
 ffi::Error few_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                        ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> at, ffi::Buffer<ffi::S32> layer,
                        ffi::Buffer<ffi::F32> own_keys, ffi::Buffer<ffi::F32> own_values, ffi::Buffer<ffi::PRED> mask,
-                       ffi::ResultBuffer<ffi::F32> y) {
+                       ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales, ffi::ResultBuffer<ffi::F32> y) {
   const auto qs = q.dimensions(), ks = keys.dimensions(), vs = values.dimensions(), ps = positions.dimensions();
   if (qs.size() != 4 || ks.size() != 5 || ps.size() != 4 || !std::equal(ks.begin(), ks.end(), vs.begin(), vs.end()) ||
       !std::equal(ps.begin(), ps.end(), ks.begin()) || ks[1] != qs[0] || ks[4] != qs[3] || qs[2] % ks[2] || qs[3] % kWide ||
       at.element_count() != size_t(qs[0] * qs[1]) || layer.element_count() != 1 || y->element_count() != q.element_count() ||
       keys.element_type() != values.element_type() || own_keys.element_count() != size_t(qs[0] * ks[2] * qs[1] * qs[3]) ||
       own_values.element_count() != own_keys.element_count() ||
+      key_scales.element_count() != value_scales.element_count() ||
+      (keys.element_type() == ffi::S8) != (key_scales.element_count() > 0) ||
+      (key_scales.element_count() && key_scales.element_count() != positions.element_count()) ||
       (mask.element_count() && mask.element_count() != size_t(qs[0] * qs[1] * qs[1])))
     return ffi::Error::InvalidArgument("few_queries: shapes do not fit each other, or heads are no multiple of 16 wide");
   const int64_t index = layer.typed_data()[0];
@@ -318,6 +330,8 @@ ffi::Error few_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBu
     using T = decltype(type);
     const Head<T> all{static_cast<const T*>(keys.untyped_data()) + slots * h.width,
                       static_cast<const T*>(values.untyped_data()) + slots * h.width,
+                      key_scales.element_count() ? key_scales.typed_data() + slots : nullptr,
+                      value_scales.element_count() ? value_scales.typed_data() + slots : nullptr,
                       positions.typed_data() + slots,
                       own_keys.typed_data(),
                       own_values.typed_data(),
@@ -328,7 +342,8 @@ ffi::Error few_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBu
   };
   if (keys.element_type() == ffi::F32) return run(float());
   if (keys.element_type() == ffi::BF16) return run(BFloat16());
-  return ffi::Error::InvalidArgument("few_queries: the cache must be float32 or bfloat16");
+  if (keys.element_type() == ffi::S8) return run(int8_t());
+  return ffi::Error::InvalidArgument("few_queries: the cache must be float32, bfloat16 or int8");
 }
 
 // Rows [L, B, K, T, ...] into x [L, B, K, C, ...] at slots [L, B, K, T]; a slot that x lacks is skipped. y is x where XLA owns it.
@@ -362,7 +377,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     AndesvlFewQueries, few_queries,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
         .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
-        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::PRED>>().Ret<ffi::Buffer<ffi::F32>>());
+        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::PRED>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
+        .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     AndesvlWriteSlots, write_slots,

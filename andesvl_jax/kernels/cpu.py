@@ -76,25 +76,29 @@ def widened(w: jax.Array, after: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call("andesvl_widened", jax.ShapeDtypeStruct(w.shape, jax.numpy.finfo("float32").dtype))(w, after)
 
 
-def few_queries(q, keys, values, slots, positions, layer, own_keys, own_values, mask=None) -> jax.Array:
+def few_queries(
+    q, keys, values, slots, positions, layer, own_keys, own_values, mask=None, key_scales=None, value_scales=None
+) -> jax.Array:
     """Attention of a few queries to one layer of a KV cache and to their own tokens, one softmax over both.
 
     A query sees the cached slots and the own tokens whose position is at most its own.
 
     Args:
       q: float32 [B, T, N, H], H a multiple of WIDTH.
-      keys, values: float32 or bfloat16 [L, B, K, C, H].
+      keys, values: float32, bfloat16 or int8 [L, B, K, C, H].
       slots: int32 [L, B, K, C], position of each slot, -1 = empty.
       positions: int32 [B, T], position of each query and own token, -1 = padding.
       layer: int32 [], the layer of the cache.
       own_keys, own_values: float32 [B, K, T, H].
       mask: bool [B, T, T], which own tokens a query may see besides, or None: all.
+      key_scales, value_scales: float32 [L, B, K, C], what int8 keys and values are multiplied with; else None.
     Returns:
       float32 [B, T, N, H]; 0 for a query that sees nothing.
     """
     mask = jnp.zeros((0, 0, 0), bool) if mask is None else mask
+    scales = [jnp.zeros(0, q.dtype) if x is None else x for x in (key_scales, value_scales)]
     return jax.ffi.ffi_call("andesvl_few_queries", jax.ShapeDtypeStruct(q.shape, q.dtype))(
-        q, keys, values, slots, positions, layer, own_keys, own_values, mask
+        q, keys, values, slots, positions, layer, own_keys, own_values, mask, *scales
     )
 
 

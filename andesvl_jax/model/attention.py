@@ -165,11 +165,22 @@ def _is_for_kernel(q, parts: Sequence[Part | CachePart], causal: bool) -> bool:
 
 
 def _by_kernel(q, cached: CachePart, own: Part, queries: Place) -> jax.Array:
-    cache, wide = cached.cache, lambda x: x.astype(jnp.float32)
+    cache = cached.cache
+    keys, key_scales = store.kernel_arrays(cache.keys)
+    values, value_scales = store.kernel_arrays(cache.values)
     y = cpu.few_queries(
-        wide(q), cache.keys, cache.values, cache.positions, queries.positions, jnp.asarray(cached.layer, jnp.int32),
-        wide(own.keys), wide(own.values), own.mask,
-    )  # fmt: skip
+        q.astype(jnp.float32),
+        keys,
+        values,
+        cache.positions,
+        queries.positions,
+        jnp.asarray(cached.layer, jnp.int32),
+        own.keys.astype(jnp.float32),
+        own.values.astype(jnp.float32),
+        own.mask,
+        key_scales,
+        value_scales,
+    )
     return y.astype(q.dtype)
 
 
