@@ -52,7 +52,7 @@ clean:
 
 .venv/.installed: .venv/pyvenv.cfg requirements.txt constraints.txt pyproject.toml
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e .
-	$(BIN)/python -c 'from andesvl_jax.weights import kernel; kernel.available()'  # built once, where there is a C++ compiler
+	$(BIN)/python -c 'from andesvl_jax.kernels import cpu; cpu.available()'  # built once, where there is a C++ compiler
 	touch $@
 
 .venv/.peers: .venv/.installed

@@ -227,8 +227,8 @@ def _decode(config: TrainConfig, mesh: Mesh) -> tuple:
     with jax.sharding.set_mesh(mesh):
         state = jax.eval_shape(functools.partial(start, new_tokens=NEW_TOKENS), last, cache, batch.tokens, batch.positions)
     by_row, whole = row_sharding(mesh), NamedSharding(mesh, P())
-    at = jax.tree.map(lambda x: by_row if x.ndim else whole, state)
-    state = jax.tree.map(_placed, state, at.replace(cache=_cache_shardings(state.cache, config.model, mesh)))
+    at = jax.tree.map(lambda x: by_row, state).replace(cache=_cache_shardings(state.cache, config.model, mesh))
+    state = jax.tree.map(_placed, state, at)
     options = jax.tree.map(lambda x: _placed(x, by_row), jax.eval_shape(functools.partial(sampling_options, config.budget.rows)))
     number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)  # noqa: E731
     return decode_until, params, config.model, state, options, number(1), number()
@@ -263,11 +263,9 @@ def _weights(config: AndesVLConfig, mesh: Mesh) -> AndesVL:
 
 
 def _cache_shardings(cache, config: AndesVLConfig, mesh: Mesh):
-    """[L, B, K, ...] by row, and between kv heads where `tensor` divides them; length by row, the cursor whole."""
+    """[L, B, K, ...] by row, and between kv heads where `tensor` divides them; length by row."""
     by_head = NamedSharding(mesh, P(None, ShardingRules().batch, rules_for(config, mesh).kv_heads or None))
-    return cache.replace(
-        keys=by_head, values=by_head, positions=by_head, length=row_sharding(mesh), cursor=NamedSharding(mesh, P())
-    )
+    return jax.tree.map(lambda x: by_head if x.ndim > 1 else row_sharding(mesh), cache)
 
 
 def _placed(x, at: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -84,6 +84,7 @@ class AndesVLConfig:
     attention: Literal["auto", "splash", "chunked", "einsum"] = "auto"  # auto: splash on TPU, chunked elsewhere; einsum: T x T
     attention_chunk: int = 512  # queries per block of the chunked backend
     remat: Literal["none", "layer", "dots"] = "none"  # what the backward pass recomputes: nothing, whole layers, all but matmuls
+    layer_loop: Literal["scan", "unroll"] = "scan"  # form of the layers: stacked, or a tuple of them (`model.andesvl.unstack_layers`)
 
     def __post_init__(self):
         _check(self)
@@ -171,6 +172,7 @@ def _check(config: AndesVLConfig) -> None:
     )
     require(config.attention in ATTENTION_BACKENDS, "attention", config.attention, f"one of {', '.join(ATTENTION_BACKENDS)}")
     require(config.attention_chunk > 0, "attention_chunk", config.attention_chunk, "a positive number of queries")
+    require(config.layer_loop in ("scan", "unroll"), "layer_loop", config.layer_loop, "'scan' or 'unroll'")
     require(config.remat in ("none", "layer", "dots"), "remat", config.remat, "'none', 'layer' or 'dots'")
     for name in ("dtype", "param_dtype"):
         require(getattr(config, name) in ("float32", "bfloat16"), name, getattr(config, name), "'float32' or 'bfloat16'")

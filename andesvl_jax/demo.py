@@ -172,7 +172,7 @@ def compiled_programs(bundle: Bundle, images: int = IMAGES) -> tuple[int, int]:
         ids = np.full(picture.visual_tokens, bundle.config.image_token_id)
         sample = make_sample(ids, np.zeros(len(ids), bool), [picture], bundle.config.image_token_id)
         batch = assemble_prompts([sample], bundle.config.vision.patch_features)
-        jax.block_until_ready(visual_tokens(bundle.decoding_params, bundle.config, batch.images))
+        jax.block_until_ready(visual_tokens(bundle.decoding_params, bundle.decoding_config, batch.images))
         buckets.add(bucket(sample.patches))
     return visual_tokens._cache_size(), len(buckets)
 

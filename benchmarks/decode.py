@@ -23,6 +23,7 @@ from andesvl_jax.decoding.generate import DecodingState, new_tokens_of, prefill
 from andesvl_jax.decoding.generate import run as generate
 from andesvl_jax.decoding.sampling import sampling_options
 from andesvl_jax.inputs.packing import assemble_prompts, make_sample
+from andesvl_jax.kernels import cpu
 from andesvl_jax.model.andesvl import AndesVL, describe
 from andesvl_jax.weights import Streamed, is_param, path_name
 
@@ -37,17 +38,17 @@ def run(config_name: str = "andesvl-0.6b", quick: bool = False) -> dict[str, Any
     """
     import peer  # needs PyTorch
 
-    config = timing.config_by_name(config_name)
+    config = timing.config_by_name(config_name).replace(layer_loop="unroll")
     context, steps, runs = (64, 4, 2) if quick else (512, 16, 5)
     tokens = np.random.default_rng(0).integers(0, config.text.vocab_size, (1, context), np.int32)
     share = timing.share_of_cores()
-    weights = {dtype: _weights(peer, config, dtype) for dtype in DTYPES}
+    weights = {dtype: _weights(peer, config, dtype, compiled=cpu.available()) for dtype in DTYPES}
     rows = [row for dtype in DTYPES for row in _prefill_rows(peer, *weights[dtype], config, dtype, tokens, runs)]
     rows += _decode_rows(peer, weights, config, tokens, steps, runs, compiled=not quick)
     return {"name": f"decode {config_name}", "rows": [timing.quiet_row(share), *rows]}
 
 
-def _weights(peer, config: AndesVLConfig, dtype: str) -> tuple[Any, AndesVL]:
+def _weights(peer, config: AndesVLConfig, dtype: str, compiled: bool) -> tuple[Any, AndesVL]:
     """A PyTorch model and this project's parameters for decoding, over the same memory: neither side copies a matrix."""
     decoder = [entry for entry in entries(config) if entry.path.startswith("decoder.")]
     shapes = {name: shape for entry in decoder for name, shape in entry.shapes().items()}
@@ -55,7 +56,7 @@ def _weights(peer, config: AndesVLConfig, dtype: str) -> tuple[Any, AndesVL]:
 
     def leaf(name: str) -> jax.Array | Streamed:
         shared = jnp.from_dlpack(tensors[name])
-        return Streamed(shared, table="embed" in name or "lm_head" in name) if shared.ndim == 2 else shared
+        return Streamed(shared, "embed" in name or "lm_head" in name, compiled) if shared.ndim == 2 else shared
 
     description = describe(config).decoder
     names = {entry.path.removeprefix("decoder."): entry.names[0] for entry in decoder}

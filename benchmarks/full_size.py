@@ -142,8 +142,8 @@ def measure(directory: str, dtype: str, side: int, steps: int) -> dict[str, Any]
     picture = prepare_image(rng.integers(0, 256, (side, side, 3), np.uint8), bundle.image_processor)
     text = rng.integers(0, image_token, 64).tolist()
     sample = prompt_sample(bundle, [*text[:8], *[image_token] * picture.visual_tokens, *text[8:]], [picture])
-    batch, config = assemble_prompts([sample], bundle.config.vision.patch_features), bundle.config
-    params = bundle.decoding_params
+    batch = assemble_prompts([sample], bundle.config.vision.patch_features)
+    params, config = bundle.decoding_params, bundle.decoding_config
 
     def encode():
         return jax.block_until_ready(visual_tokens(params, config, batch.images))

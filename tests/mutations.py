@@ -215,32 +215,37 @@ def _attend(name: str, *noticed_by: str, only=None):
 
 
 @_attend("query heads dealt to kv heads in turns", C, only=decoder)
-def _(original, q, k, v, *rest):
-    times = q.shape[2] // k.shape[1]
-    return original(q, jnp.tile(k, (1, times, 1, 1)), jnp.tile(v, (1, times, 1, 1)), *rest)
+def _(original, q, parts, *rest):
+    times = q.shape[2] // parts[-1].keys.shape[1]
+    deal = lambda x: jnp.tile(x, (1, times, 1, 1))  # noqa: E731
+    return original(q, [part.replace(keys=deal(part.keys), values=deal(part.values)) for part in parts], *rest)
 
 
 @_attend("text attention not causal", C, only=decoder)
-def _(original, q, k, v, queries, keys, causal, *rest):
-    return original(q, k, v, queries, keys, False, *rest)
+def _(original, q, parts, queries, causal, *rest):
+    return original(q, parts, queries, False, *rest)
+
+
+def _standing(parts, place):
+    return [part.replace(place=place) for part in parts]
 
 
 @_attend("image attention causal", C, S, only=vision)
-def _(original, q, k, v, queries, keys, causal, *rest):
+def _(original, q, parts, queries, causal, *rest):
     place = Place(jnp.where(queries.positions < 0, -1, jnp.arange(q.shape[1])), queries.segments)
-    return original(q, k, v, place, place, True, *rest)
+    return original(q, _standing(parts, place), place, True, *rest)
 
 
 @_attend("images of a row see each other", C, S, only=vision)
-def _(original, q, k, v, queries, keys, *rest):
+def _(original, q, parts, queries, *rest):
     place = Place(queries.positions)
-    return original(q, k, v, place, place, *rest)
+    return original(q, _standing(parts, place), place, *rest)
 
 
 @_attend("padding patches are seen", C, only=vision)
-def _(original, q, k, v, queries, keys, *rest):
+def _(original, q, parts, queries, *rest):
     place = Place(jnp.zeros_like(queries.positions), jnp.maximum(queries.segments, 0))
-    return original(q, k, v, place, place, *rest)
+    return original(q, _standing(parts, place), place, *rest)
 
 
 @wrap("every vision layer full", vision._window_segments, ODD_A)
@@ -272,8 +277,9 @@ def _(patch):
         turns.append(turn)
         return rotate(x, turn)
 
-    def turned(q, k, v, *rest):
-        return attend(q, k, jnp.swapaxes(rotate(jnp.swapaxes(v, 1, 2), turns[-1]), 1, 2), *rest)
+    def turned(q, parts, *rest):
+        turn = lambda v: jnp.swapaxes(rotate(jnp.swapaxes(v, 1, 2), turns[-1]), 1, 2)  # noqa: E731
+        return attend(q, [part.replace(values=turn(part.values)) for part in parts], *rest)
 
     patch.setattr(decoder, "rotate", remember)
     patch.setattr(decoder, "attend", turned)
@@ -456,15 +462,15 @@ def _(original, messages, tokenizer, *rest, **options):
 # ---- decoding with a cache
 
 
-@wrap("the cache's next position is one late", decoder.reserve, "greedy", only=decoder)
-def _(original, cache, positions):
-    out = original(cache, positions)
-    return out.replace(length=out.length + 1)
+@wrap("the cache's next position is one late", generate.cache_from, "greedy", only=generate)
+def _(original, *args):
+    cache = original(*args)
+    return cache.replace(length=cache.length + 1)
 
 
-@wrap("padding of the prompt stays visible in the cache", decoder.reserve, "greedy", only=decoder)
-def _(original, cache, positions):
-    return original(cache, jnp.maximum(positions, 0))
+@wrap("padding of the prompt stays visible in the cache", generate.cache_from, "greedy", only=generate)
+def _(original, new_kv, positions, *rest):
+    return original(new_kv, jnp.maximum(positions, 0), *rest)
 
 
 @wrap("a generated token is embedded one id off", generate.embed_tokens, "greedy", only=generate)

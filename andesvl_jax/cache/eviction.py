@@ -37,7 +37,7 @@ class LayerView:
 
 
 def streaming(view: LayerView) -> jax.Array:
-    """StreamingLLM (2309.17453): the most recent tokens; sinks are protected by `select`. Original positions are kept."""
+    """StreamingLLM (2309.17453): the most recent tokens; sinks are protected by `keep_mask`. Original positions are kept."""
     return view.positions.astype(jnp.float32)
 
 
@@ -118,23 +118,21 @@ def _part(n, ratio: Fraction):
     return -(-n * ratio.numerator // ratio.denominator)
 
 
-def evict_layer(view: LayerView, length, eviction: Eviction) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """keys and values [B, K, C', H] and positions [B, K, C'] of the slots that stay, in their old order; the rest is empty.
+def kept_slots(view: LayerView, length, eviction: Eviction) -> jax.Array:
+    """int32 [B, K, C']: the slots that stay, in their old order, -1 behind them: what `cache.kv.select` takes.
 
     Args:
       length: int32 [B], tokens of each row's prompt.
     """
     slots = eviction.slots(view.positions.shape[-1])
-    keep = select(view, POLICIES[eviction.policy](view), length, eviction)
+    keep = keep_mask(view, POLICIES[eviction.policy](view), length, eviction)
     size = keep.shape[-1]
     order = jnp.where(keep, size - jnp.arange(size), 0)  # top_k of this picks the kept slots, earliest first
     rank, index = jax.lax.top_k(order, slots)
-    gather = lambda x: jnp.take_along_axis(x, index[..., None], axis=2)  # noqa: E731
-    positions = jnp.where(rank > 0, jnp.take_along_axis(view.positions, index, axis=2), -1)
-    return gather(view.keys), gather(view.values), positions
+    return jnp.where(rank > 0, index, -1)
 
 
-def select(view: LayerView, scores: jax.Array, length, eviction: Eviction) -> jax.Array:
+def keep_mask(view: LayerView, scores: jax.Array, length, eviction: Eviction) -> jax.Array:
     """bool [B, K, C]: what stays. Sinks come first, then the observation window, latest first, then the highest scores.
 
     Everything depends on the row alone: neither the bucket nor the other rows of the batch change what it keeps.

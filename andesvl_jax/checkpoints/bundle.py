@@ -23,9 +23,18 @@ class Bundle:
     generation_config: dict[str, Any] = field(default_factory=lambda: dict(RELEASED_GENERATION))
 
     @functools.cached_property
+    def _decoding(self) -> tuple[AndesVL, AndesVLConfig]:
+        return for_decoding(self.params, self.config)
+
+    @property
     def decoding_params(self) -> AndesVL:
-        """The parameters in the layout that decodes fastest on this backend, made once."""
-        return for_decoding(self.params)
+        """The parameters in the form that decodes fastest on this backend, made once; they go with `decoding_config`."""
+        return self._decoding[0]
+
+    @property
+    def decoding_config(self) -> AndesVLConfig:
+        """The config that describes `decoding_params`."""
+        return self._decoding[1]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

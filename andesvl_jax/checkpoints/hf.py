@@ -57,7 +57,7 @@ def load(
     generation_config = read_json(generation) if generation.exists() else dict(RELEASED_GENERATION)
     params = read_params(path, config, sharding)
     if decode_only:
-        params = for_decoding(params, donate=True)
+        params, config = for_decoding(params, config, donate=True)
     return Bundle(config, params, tokenizer, processor, generation_config)
 
 

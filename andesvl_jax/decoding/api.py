@@ -81,7 +81,7 @@ def stream(
     batch = assemble_prompts(samples, config.vision.patch_features)
     sampling = sampling_options(len(samples), **options)
     stops = bundle.stop_ids if stop_ids is None else tuple(stop_ids)
-    for state in run(bundle.decoding_params, config, batch, sampling, max_new_tokens, stops, eviction, chunk):
+    for state in run(bundle.decoding_params, bundle.decoding_config, batch, sampling, max_new_tokens, stops, eviction, chunk):
         yield Answer(new_tokens_of(state), cache_bytes(state.cache), state.cache.slots)
 
 

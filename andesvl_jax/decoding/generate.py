@@ -12,31 +12,45 @@ import numpy as np
 from flax import struct
 
 from andesvl_jax.cache.eviction import Eviction
-from andesvl_jax.cache.kv import Cache, empty_cache, grow
+from andesvl_jax.cache.kv import PICTURE, TEXT, Cache, append, cache_from, grow
 from andesvl_jax.config import AndesVLConfig
-from andesvl_jax.decoding.compact import compact
+from andesvl_jax.decoding.compact import compact, last_queries
 from andesvl_jax.decoding.sampling import SamplingOptions, penalize, sample
 from andesvl_jax.inputs.packing import Batch, bucket
+from andesvl_jax.kernels import cpu
 from andesvl_jax.model.andesvl import AndesVL, embed_inputs, encode_images
 from andesvl_jax.model.attention import Place
 from andesvl_jax.model.decoder import decode, embed_tokens, logits
 from andesvl_jax.model.devices import target_platform
-from andesvl_jax.weights import kernel
 
 
 @struct.dataclass
 class DecodingState:
-    """step: int32 [], tokens made so far; tokens: int32 [B, N], stop_ids' first hit included; done: bool [B];
-    last: float32 [B, V], logits of the next token; in_prompt, in_answer: bool [B, V]."""
+    """Where every row of a batch stands.
 
-    step: jax.Array
+    Attributes:
+      tokens: int32 [B, N], new tokens, the stop id included.
+      counts: int32 [B], how many each row has.
+      next_slot: int32 [B], slot of the cache that the row's next token takes, the same in every layer and head.
+      done: bool [B].
+      last: float32 [B, V], logits of the next token.
+      in_prompt, in_answer: bool [B, V], tokens that occur.
+    """
+
     tokens: jax.Array
-    counts: jax.Array  # int32 [B], tokens of each row, its stop id included
+    counts: jax.Array
+    next_slot: jax.Array
     done: jax.Array
     last: jax.Array
     in_prompt: jax.Array
     in_answer: jax.Array
     cache: Cache
+
+
+def compiled_cache() -> bool:
+    """Whether the cache of a decoding loop goes through the C++ kernels: on one CPU device, where they can be built."""
+    alone = jax.sharding.get_abstract_mesh().size <= 1
+    return target_platform() == "cpu" and alone and cpu.available()
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -54,15 +68,14 @@ def prefill(
     Returns:
       last: float32 [B, V], logits after each row's last token; cache with T slots, or the policy's number.
     """
-    rows, width = tokens.shape
     length = positions.max(axis=1) + 1
     x = embed_inputs(params, config, tokens, visual, visual_index)
-    observe = None if eviction is None else jnp.maximum(length[:, None] - eviction.window + jnp.arange(eviction.window), 0)
-    cache = empty_cache(config.text, rows, width, x.dtype)
-    hidden, cache, queries = decode(params.decoder, config, x, Place(positions), cache, observe, fresh=True)
-    final = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+    tap = None if eviction is None else last_queries(length, eviction.window)
+    decoded = decode(params.decoder, config, x, Place(positions), tap=tap)
+    final = jnp.take_along_axis(decoded.hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+    cache = cache_from(decoded.new_kv, positions, jnp.where(visual_index >= 0, PICTURE, TEXT))
     if eviction is not None:
-        cache = compact(params.decoder, config, cache, queries, eviction)
+        cache = compact(params.decoder, config, cache, decoded.taps, eviction)
     return logits(params.decoder, final), cache
 
 
@@ -70,45 +83,55 @@ def prefill(
 def decode_until(
     params: AndesVL, config: AndesVLConfig, state: DecodingState, options: SamplingOptions, stop_ids, limit
 ) -> DecodingState:
-    """Samples and decodes until every row has met one of stop_ids int32 [S] or `limit` int32 [] steps are made."""
+    """Samples and decodes until every row has met one of stop_ids int32 [S] or has `limit` int32 [] new tokens."""
 
-    def going(state: DecodingState):
-        return (state.step < limit) & ~jnp.all(state.done)
+    def active(state: DecodingState) -> jax.Array:
+        return ~state.done & (state.counts < limit)
 
     def step(state: DecodingState) -> DecodingState:
-        rows = jnp.arange(state.done.shape[0])
-        position = state.cache.length
+        going = active(state)
+        rows, position = jnp.arange(going.shape[0]), state.cache.length
         scores = penalize(state.last, options, state.in_prompt, state.in_answer)
-        token = jnp.where(state.done, 0, sample(scores, options, position))
+        token = jnp.where(going, sample(scores, options, position), 0)
         x = embed_tokens(params.decoder, config, token[:, None])
-        # a finished row still computes, but its token enters the cache as padding
-        place = Place(jnp.where(state.done, -1, position)[:, None])
-        hidden, cache, _ = decode(params.decoder, config, x, place, state.cache)
+        # the other rows still compute, but as padding that no slot takes
+        positions = jnp.where(going, position, -1)[:, None]
+        decoded = decode(params.decoder, config, x, Place(positions), state.cache)
+        slots = jnp.where(going, state.next_slot, -1)[:, None]
+        written = jnp.where(going, state.counts, state.tokens.shape[1])  # behind the last column: dropped
         return DecodingState(
-            step=state.step + 1,
-            tokens=state.tokens.at[:, state.step].set(token),
-            counts=state.counts + ~state.done,
-            done=state.done | jnp.any(token[:, None] == stop_ids, axis=1),
-            last=logits(params.decoder, hidden[:, 0]),
+            tokens=state.tokens.at[rows, written].set(token, mode="drop"),
+            counts=state.counts + going,
+            next_slot=state.next_slot + going,
+            done=state.done | (going & jnp.any(token[:, None] == stop_ids, axis=1)),
+            last=jnp.where(going[:, None], logits(params.decoder, decoded.hidden[:, 0]), state.last),
             in_prompt=state.in_prompt,
-            in_answer=state.in_answer.at[rows, token].max(~state.done),
-            cache=cache,
+            in_answer=state.in_answer.at[rows, token].max(going),
+            cache=append(state.cache, decoded.new_kv, slots, positions, jnp.full_like(positions, TEXT)),
         )
 
-    return jax.lax.while_loop(going, step, state)
+    return jax.lax.while_loop(lambda state: jnp.any(active(state)), step, state)
 
 
-@functools.partial(jax.jit, static_argnames=("new_tokens",))
-def start(last, cache: Cache, tokens, positions, new_tokens: int) -> DecodingState:
-    """What `decode_until` begins with: the outcome of `prefill`, the prompts, and room for `new_tokens` more in each row."""
+@functools.partial(jax.jit, static_argnames=("new_tokens", "compiled"))
+def start(last, cache: Cache, tokens, positions, new_tokens: int, compiled: bool = False) -> DecodingState:
+    """What `decode_until` begins with: the outcome of `prefill`, the prompts, and room for `new_tokens` more in each row.
+
+    compiled: as `Cache.compiled`; `compiled_cache` says it before tracing.
+    """
     rows, vocabulary = last.shape
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], tokens].max(positions >= 0)
     zeros = jnp.zeros(rows, jnp.int32)
     return DecodingState(
-        step=jnp.zeros((), jnp.int32), tokens=jnp.zeros((rows, new_tokens), jnp.int32), counts=zeros, done=zeros > 0,
-        last=last, in_prompt=seen, in_answer=jnp.zeros_like(seen),
-        cache=grow(cache, new_tokens).replace(streamed=target_platform() == "cpu" and kernel.available()),
-    )  # fmt: skip
+        tokens=jnp.zeros((rows, new_tokens), jnp.int32),
+        counts=zeros,
+        next_slot=jnp.full_like(zeros, cache.slots),
+        done=zeros > 0,
+        last=last,
+        in_prompt=seen,
+        in_answer=jnp.zeros_like(seen),
+        cache=grow(cache, new_tokens).replace(compiled=compiled),
+    )
 
 
 def run(
@@ -121,7 +144,7 @@ def run(
     """
     visual = None if batch.images is None else visual_tokens(params, config, batch.images)
     last, cache = prefill(params, config, batch.tokens, batch.positions, visual, batch.visual_index, eviction)
-    state = start(last, cache, batch.tokens, batch.positions, bucket(new_tokens, 16))
+    state = start(last, cache, batch.tokens, batch.positions, bucket(new_tokens, 16), compiled_cache())
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
     chunk = chunk or new_tokens
     for limit in range(chunk, new_tokens + chunk, chunk):

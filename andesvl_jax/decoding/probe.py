@@ -49,6 +49,6 @@ def _activations(params: AndesVL, config: AndesVLConfig, batch: Batch) -> dict[s
         visual = out["proj_embeds"] = project(params.projector, config, out["vit_embeds"])
     out["inputs_embeds"] = embed_inputs(params, config, batch.tokens, visual, batch.visual_index)
     place = Place(batch.positions, batch.segments)
-    out["final_hidden"], _, _ = decode(params.decoder, config, out["inputs_embeds"], place)
+    out["final_hidden"] = decode(params.decoder, config, out["inputs_embeds"], place, keep_kv=False).hidden
     out["logits"] = logits(params.decoder, out["final_hidden"])
     return out

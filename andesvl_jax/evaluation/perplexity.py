@@ -32,7 +32,7 @@ def perplexity(bundle: Bundle, texts: Iterable[str], window: int = 512, most: in
     windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
     if len(windows) < 2:
         raise UserError(f"perplexity: the text has {len(ids)} tokens, expected at least {2 * window}, two windows.")
-    loss = jax.jit(functools.partial(_loss, config=bundle.config))
+    loss = jax.jit(functools.partial(_loss, config=bundle.decoding_config))
     budget, seen = Budget(rows=1, tokens=window, patches=0, targets=window - 1), [True] * window
     total = 0.0
     for part in tqdm(windows, unit="window", leave=False, disable=None):

@@ -62,7 +62,7 @@ def export_checks(
 def _check_prompt(
     bundle: Bundle, directory: Path, manifest: dict[str, Any], sample: Sample, new_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    config = bundle.config.replace(remat="none")
+    config = bundle.decoding_config.replace(remat="none")
     if manifest["kind"] == "litert":
         config = config.replace(dtype="float32")  # weights are cast where they are used
     got = run_fresh(directory, assemble_prompts([sample], config.vision.patch_features), new_tokens, stop_ids=())
@@ -162,5 +162,5 @@ def _reference(params: AndesVL, config: AndesVLConfig, batch: Batch) -> dict[str
     """visual [1, M, D] and logits [1, T, V] of the ordinary forward, without a cache."""
     visual = None if batch.images is None else encode_images(params, config, batch.images)
     x = embed_inputs(params, config, batch.tokens, visual, batch.visual_index)
-    hidden, _, _ = decode(params.decoder, config, x, Place(batch.positions))
+    hidden = decode(params.decoder, config, x, Place(batch.positions), keep_kv=False).hidden
     return {"visual": visual, "logits": logits(params.decoder, hidden)}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from andesvl_jax.cache.kv import Cache
+from andesvl_jax.cache.kv import Cache, append_run
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.packing import MERGED, Batch, ImageRow
@@ -77,8 +77,8 @@ def stages(params: AndesVL, config: AndesVLConfig, shapes: ExportShapes) -> list
     if shapes.slots > config.text.max_position_embeddings:
         limit = config.text.max_position_embeddings
         raise UserError(f"export shapes: slots is {shapes.slots}, expected at most {limit} (max_position_embeddings).")
+    params, config = unstack_layers(params, config)
     config = config.replace(remat="none", attention="einsum")  # no loops for the converters
-    params = unstack_layers(params)
     seeing = params.replace(decoder=None)
     speaking = params.replace(vision=None, projector=None)
     encoders = [_encoder(seeing, config, p) for p in shapes.patches]
@@ -107,16 +107,23 @@ def _decoder(name: str, params: AndesVL, config: AndesVLConfig, tokens: int, slo
     def call(weights: Arrays, cache: Arrays, inputs: Arrays):
         params, positions = restore(weights), inputs["positions"]
         x = embed_inputs(params, config, inputs["tokens"], inputs.get("visual"), inputs.get("visual_index"))
-        held = Cache(
-            cache["cache_keys"], cache["cache_values"], cache["cache_positions"],
-            jnp.zeros(1, jnp.int32), inputs["cursor"],  # the caller counts, so `length` is nobody's input
-        )  # fmt: skip
-        hidden, held, _ = decode(params.decoder, config, x, Place(positions), held)
+        slots = cache["cache_positions"]
+        # the caller tracks positions and needs no modality, so that both are constants here
+        kv = Cache(
+            cache["cache_keys"],
+            cache["cache_values"],
+            slots,
+            jnp.zeros_like(slots, jnp.int8),
+            jnp.zeros(1, jnp.int32),
+        )
+        decoded = decode(params.decoder, config, x, Place(positions), kv)
+        hidden = decoded.hidden
+        kv = append_run(kv, decoded.new_kv, inputs["cursor"], positions, jnp.zeros_like(positions))
         if tokens > 1:
             last = jnp.sum(positions >= 0, axis=1) - 1
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         outputs = {"logits": logits(params.decoder, hidden[:, 0])}
-        return outputs | {"cache_keys": held.keys, "cache_values": held.values, "cache_positions": held.positions}
+        return outputs | {"cache_keys": kv.keys, "cache_values": kv.values, "cache_positions": kv.positions}
 
     row = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     inputs = {"tokens": row, "positions": row, "cursor": jax.ShapeDtypeStruct((), jnp.int32)}

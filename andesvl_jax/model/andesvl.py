@@ -13,10 +13,10 @@ from flax import struct
 
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.inputs.packing import Batch, ImageRow
-from andesvl_jax.model import decoder as decoder_lib
+from andesvl_jax.kernels import cpu
 from andesvl_jax.model.attention import Place
 from andesvl_jax.model.context import place_tokens
-from andesvl_jax.model.decoder import Decoder, describe_decoder, embed_tokens
+from andesvl_jax.model.decoder import Decoder, decode, describe_decoder, embed_tokens
 from andesvl_jax.model.projector import Projector, describe_projector, project
 from andesvl_jax.model.vision import Vision, describe_vision, embed_patches, encode
 from andesvl_jax.weights import Leaf, Recipe, Streamed, is_leaf, represent, stream_matrix, stream_table
@@ -66,47 +66,57 @@ def forward(params: AndesVL, config: AndesVLConfig, batch: Batch) -> jax.Array:
     """Hidden states [B, T, D] after the final norm, for packed rows."""
     visual = None if batch.images is None else encode_images(params, config, batch.images)
     x = embed_inputs(params, config, batch.tokens, visual, batch.visual_index)
-    hidden, _, _ = decoder_lib.decode(params.decoder, config, x, Place(batch.positions, batch.segments))
-    return hidden
+    return decode(params.decoder, config, x, Place(batch.positions, batch.segments), keep_kv=False).hidden
 
 
-def unstack_layers(params: AndesVL) -> AndesVL:
-    """Stacked layers [L, ...] -> tuples of layers: the same network, unrolled (decoding on CPU, export)."""
+def unstack_layers(params: AndesVL, config: AndesVLConfig) -> tuple[AndesVL, AndesVLConfig]:
+    """Parameters and config of the same network with its layers unrolled: tuples of layers (decoding on CPU, export)."""
+    if config.layer_loop == "unroll":
+        return params, config
 
     def split(layers):
-        if isinstance(layers, tuple):
-            return layers
         count = jax.tree.leaves(layers)[0].shape[0]
         return tuple(jax.tree.map(lambda a, i=i: a[i], layers) for i in range(count))
 
-    return params.replace(
+    unrolled = params.replace(
         vision=params.vision.replace(layers=split(params.vision.layers)),
         decoder=params.decoder.replace(layers=split(params.decoder.layers)),
     )
+    return unrolled, config.replace(layer_loop="unroll")
 
 
-def for_decoding(params: AndesVL, dtype: str | None = None, donate: bool = False) -> AndesVL:
-    """The representation that decodes fastest here: on CPU the layers unrolled (a scan would copy each one's weights) and the
-    decoder's matrices and tables `Streamed`, held in `dtype` (None: as they are), as are 16-bit matrices of the other parts;
-    elsewhere the parameters as they are. What is not laid out anew shares the memory of `params`; with `donate`, the rest of that
-    memory is given back stack by stack, and `params` is of no use after."""
+def for_decoding(
+    params: AndesVL, config: AndesVLConfig, dtype: str | None = None, donate: bool = False
+) -> tuple[AndesVL, AndesVLConfig]:
+    """Parameters and config in the form that decodes fastest on this backend.
+
+    On CPU the layers are unrolled (a scan would copy each one's weights) and the decoder's matrices and tables are `Streamed`,
+    as are 16-bit matrices of the other parts. Elsewhere both stay as they are. What is not laid out anew shares the memory of
+    `params`. The C++ kernels are built here, at the latest.
+
+    Args:
+      dtype: of the decoder's matrices; None: their own.
+      donate: frees the rest of the memory of `params` stack by stack; `params` is of no use after.
+    """
     if jax.default_backend() != "cpu":
-        return params
+        return params, config
     vision, projector, decoder = params.vision, params.projector, params.decoder
-    streamed = functools.partial(stream_matrix, dtype=dtype)
-    table = functools.partial(stream_table, dtype=dtype)
+    compiled = cpu.available()
+    stream = functools.partial(stream_matrix, compiled=compiled)
+    table = functools.partial(stream_table, dtype=dtype, compiled=compiled)
     half = vision.patch.dtype.itemsize < 4
-    vision = vision.replace(layers=_unrolled(vision.layers, stream_matrix if half else lambda w: w, donate))
+    unroll = functools.partial(_unrolled, loop=config.layer_loop, donate=donate)
+    vision = vision.replace(layers=unroll(vision.layers, stream if half else lambda w: w))
     if half:
-        projector = jax.tree.map(stream_matrix, projector, is_leaf=is_leaf)
-    layers = _unrolled(decoder.layers, streamed, donate)
+        projector = jax.tree.map(stream, projector, is_leaf=is_leaf)
+    layers = unroll(decoder.layers, functools.partial(stream, dtype=dtype))
     decoder = decoder.replace(embedding=table(decoder.embedding), layers=layers, head=table(decoder.head))
-    return params.replace(vision=vision, projector=projector, decoder=decoder)
+    return params.replace(vision=vision, projector=projector, decoder=decoder), config.replace(layer_loop="unroll")
 
 
-def _unrolled(layers, lay_out: Callable[[Leaf], Leaf], donate: bool) -> tuple:
-    """Stacked layers, or a tuple of them, -> a tuple of layers with every leaf laid out."""
-    if isinstance(layers, tuple):
+def _unrolled(layers, lay_out: Callable[[Leaf], Leaf], loop: str, donate: bool) -> tuple:
+    """Layers in the form of `loop` -> a tuple of layers with every leaf laid out."""
+    if loop == "unroll":
         return tuple(jax.tree.map(lay_out, layer, is_leaf=is_leaf) for layer in layers)
     stacks, tree = jax.tree.flatten(layers, is_leaf=is_leaf)
     columns = []

@@ -3,13 +3,17 @@
 B batch rows, T tokens, D width, N query heads, K kv heads, H head width, F mlp width, V vocabulary, L layers, C cache slots.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from andesvl_jax.cache.kv import Cache, reserve
+from andesvl_jax.cache.kv import Cache, KeyValues, RaggedCache
 from andesvl_jax.config import AndesVLConfig, TextConfig
-from andesvl_jax.model.attention import Place, attend, attend_cache
+from andesvl_jax.model.attention import CachePart, Part, Place, attend, cache_part
 from andesvl_jax.model.layers import inverse_frequencies, layer_loop, rms_norm, rotate, rotation
 from andesvl_jax.weights import Leaf, Param, apply, embed, unembed
 
@@ -78,65 +82,113 @@ def logits(params: Decoder, hidden: jax.Array) -> jax.Array:
     return unembed(params.embedding if params.head is None else params.head, hidden)
 
 
+@struct.dataclass
+class LayerValues:
+    """What one layer computes.
+
+    Attributes:
+      attention_input: [B, T, D], after the attention norm.
+      queries: [B, T, N, H]; keys: [B, K, T, H]; both after RoPE.
+      values: [B, K, T, H].
+      hidden: [B, T, D], the layer's output.
+    """
+
+    attention_input: jax.Array
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    hidden: jax.Array
+
+
+@struct.dataclass
+class Decoded:
+    """hidden: [B, T, D] after the final norm; new_kv: of the tokens of x, or None; taps: what `tap` made, stacked [L, ...]."""
+
+    hidden: jax.Array
+    new_kv: KeyValues | None
+    taps: Any
+
+
+def text_rotation(config: TextConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of RoPE, float32 [B, T, 1, H], at positions int32 [B, T]."""
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
+    return rotation(positions[..., None].astype(jnp.float32) * frequencies)
+
+
+def decoder_layer(
+    layer: DecoderLayer,
+    config: AndesVLConfig,
+    x: jax.Array,
+    place: Place,
+    rotary: tuple[jax.Array, jax.Array],
+    context: Sequence[Part | CachePart] = (),
+    mask: jax.Array | None = None,
+) -> LayerValues:
+    """One layer over x [B, T, D], whose tokens attend to `context` and to each other.
+
+    Args:
+      rotary: `text_rotation` of the positions in `place`.
+      context: parts in front of the tokens' own keys, such as a layer of a cache.
+      mask: bool [B, T, T], which own tokens a token may see besides the order of positions; None: all.
+    """
+    text = config.text
+    b, t, _ = x.shape
+
+    def heads(y, w, bias, norm):
+        y = apply(w, y, bias).reshape(b, t, -1, text.head_dim)
+        return y if norm is None else rms_norm(y, norm, text.norm_eps)
+
+    y = rms_norm(x, layer.attention_norm, text.norm_eps)
+    q = rotate(heads(y, layer.q, layer.q_bias, layer.q_norm), rotary)
+    k = jnp.swapaxes(rotate(heads(y, layer.k, layer.k_bias, layer.k_norm), rotary), 1, 2)
+    v = jnp.swapaxes(heads(y, layer.v, layer.v_bias, None), 1, 2)
+    parts = [*context, Part(k, v, place, mask, own=True)]
+    attended = attend(q, parts, place, True, config.attention, config.attention_chunk)
+    x = x + apply(layer.o, attended.reshape(b, t, -1), layer.o_bias)
+    z = rms_norm(x, layer.mlp_norm, text.norm_eps)
+    x = x + apply(layer.down, jax.nn.silu(apply(layer.gate, z)) * apply(layer.up, z))
+    return LayerValues(y, q, k, v, x)
+
+
 def decode(
     params: Decoder,
     config: AndesVLConfig,
     x,
     place: Place,
-    cache: Cache | None = None,
-    observe: jax.Array | None = None,
-    fresh: bool = False,
-) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-    """All layers over x [B, T, D].
+    cache: Cache | RaggedCache | None = None,
+    tap: Callable[[LayerValues], Any] | None = None,
+    mask: jax.Array | None = None,
+    keep_kv: bool = True,
+) -> Decoded:
+    """All layers over x [B, T, D]. The cache is read and never written: `cache.kv.append` adds `new_kv` to it.
 
     Args:
-      place: where the tokens stand. Without a cache they see each other, segment by segment; with one they are written
-        to its next T slots first and see every slot whose position is theirs or earlier.
-      fresh: the cache is empty, so that the tokens see each other and it is only written.
-      observe: int32 [B, W] slots of x whose queries eviction policies want to see, or None.
-    Returns:
-      hidden [B, T, D] after the final norm; the cache with T more tokens (or None); the observed, rotated queries
-      [L, B, W, N, H] (or None).
+      place: where the tokens stand. They see each other, segment by segment, and every slot of the cache, up to their position.
+      tap: a pure function of the values of a layer, whose results are stacked.
+      mask: bool [B, T, T], which own tokens a token may see besides the order of positions (ancestors in a draft tree).
+      keep_kv: False leaves `new_kv` None, for training.
     Raises:
-      ValueError: segments together with a cache, which holds one conversation per row.
+      ValueError: segments together with a cache, which holds one conversation per row; or layers with different numbers of
+        slots in a scan.
     """
     if cache is not None and place.segments is not None:
         raise ValueError("a cache holds one conversation per row, expected Place(positions) without segments")
-    text = config.text
-    b, t, _ = x.shape
-    h = text.head_dim
-    turn = rotation(place.positions[..., None].astype(jnp.float32) * inverse_frequencies(h, text.rope_theta))
-    start = None if cache is None else cache.cursor
-    if cache is not None:
-        cache = reserve(cache, place.positions)
+    if isinstance(cache, RaggedCache) and config.layer_loop != "unroll":
+        raise ValueError("config field layer_loop is 'scan', expected 'unroll' for layers with different numbers of slots.")
+    rotary = text_rotation(config.text, place.positions)
 
-    def heads(y, w, bias, norm):
-        y = apply(w, y, bias).reshape(b, t, -1, h)
-        return y if norm is None else rms_norm(y, norm, text.norm_eps)
+    def body(x, layer: DecoderLayer, index):
+        context = () if cache is None else (cache_part(cache, index),)
+        values = decoder_layer(layer, config, x, place, rotary, context, mask)
+        kept = KeyValues(values.keys, values.values) if keep_kv else None
+        return values.hidden, (kept, None if tap is None else tap(values))
 
-    def layer(carry, p: DecoderLayer, extra):
-        x, keys, values = carry
-        y = rms_norm(x, p.attention_norm, text.norm_eps)
-        q = rotate(heads(y, p.q, p.q_bias, p.q_norm), turn)
-        k = jnp.swapaxes(rotate(heads(y, p.k, p.k_bias, p.k_norm), turn), 1, 2)
-        v = jnp.swapaxes(heads(y, p.v, p.v_bias, None), 1, 2)
-        if cache is not None:
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (extra, 0, 0, start, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (extra, 0, 0, start, 0))
-        if cache is None or fresh:
-            y = attend(q, k, v, place, place, True, config.attention, config.attention_chunk)
-        else:
-            held = cache.replace(keys=keys, values=values)
-            y = attend_cache(q, held, extra, place.positions, config.attention, config.attention_chunk)
-        x = x + apply(p.o, y.reshape(b, t, -1), p.o_bias)
-        y = rms_norm(x, p.mlp_norm, text.norm_eps)
-        x = x + apply(p.down, jax.nn.silu(apply(p.gate, y)) * apply(p.up, y))
-        observed = None if observe is None else jnp.take_along_axis(q, observe[:, :, None, None], axis=1)
-        return (x, keys, values), observed
-
-    carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-    per_layer = None if cache is None else jnp.arange(text.num_layers)
-    (x, keys, values), observed = layer_loop(layer, carry, params.layers, per_layer, config.remat)
-    if cache is not None:
-        cache = cache.replace(keys=keys, values=values)
-    return rms_norm(x, params.norm, text.norm_eps), cache, observed
+    indices = None if cache is None else np.arange(config.text.num_layers, dtype=np.int32)
+    remat = config.remat if cache is None else "none"  # nothing has a gradient through a cache
+    x, (new_kv, taps) = layer_loop(body, x, params.layers, indices, config.layer_loop, remat)
+    hidden = rms_norm(x, params.norm, config.text.norm_eps)
+    if cache is not None and keep_kv:
+        # Zeros that XLA cannot know before every layer has read the cache. XLA's CPU backend drops optimization barriers.
+        zeros = jnp.floor(0.5 * jax.nn.sigmoid(hidden[:, 0, 0].astype(jnp.float32)))
+        new_kv = new_kv.replace(after_reads=zeros.astype(jnp.int32))
+    return Decoded(hidden, new_kv, taps)

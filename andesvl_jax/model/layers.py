@@ -8,6 +8,8 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
+from andesvl_jax.errors import UserError
+
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x [..., D]: x / rms(x) in float32, cast to x's dtype, then times weight [D] (Qwen3, AIMv2)."""
@@ -51,20 +53,33 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     }[name]
 
 
-def layer_loop(body: Callable, carry: Any, layers: Any, per_layer: Any, remat: str = "none") -> tuple[Any, Any]:
+def layer_loop(body: Callable, carry: Any, layers: Any, per_layer: Any, loop: str, remat: str = "none") -> tuple[Any, Any]:
     """Runs carry, out = body(carry, layer, extra) over the layers and stacks what comes out.
 
-    `layers` decides how: a pytree stacked [L, ...] is scanned (one compiled body, for training); a tuple of per-layer
-    pytrees is unrolled (no slicing of stacked weights in memory, for decoding on CPU and for export).
-    `per_layer` is a pytree of arrays [L, ...].
+    Args:
+      layers: a pytree stacked [L, ...] to scan, a tuple of per-layer pytrees to unroll.
+      per_layer: a pytree of arrays [L, ...]; NumPy arrays stay known numbers where the loop is unrolled.
+      loop: "scan" compiles one body, for training; "unroll" slices no stacked weights in memory, for decoding on CPU and export.
+      remat: what the backward pass recomputes, as in the config.
+    Raises:
+      UserError: layers of the other form.
     """
+    check_layers(layers, loop)
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy)
-    if not isinstance(layers, tuple):
+    if loop == "scan":
         return jax.lax.scan(lambda c, xs: body(c, *xs), carry, (layers, per_layer))
     outs = []
     for i, layer in enumerate(layers):
         carry, out = body(carry, layer, jax.tree.map(lambda a, i=i: a[i], per_layer))
         outs.append(out)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def check_layers(layers: Any, loop: str) -> None:
+    """Raises UserError where `layers` are not in the form that `loop` runs over."""
+    found = "unroll" if type(layers) is tuple else "scan"
+    if found != loop:
+        form = {"scan": "stacked layers", "unroll": "a tuple of layers"}
+        raise UserError(f"config field layer_loop is {loop!r}, which takes {form[loop]}; found {form[found]}.")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from andesvl_jax.config import AndesVLConfig, VisionConfig
-from andesvl_jax.model.attention import Place, attend
+from andesvl_jax.model.attention import Part, Place, attend
 from andesvl_jax.model.layers import activation, inverse_frequencies, layer_loop, layer_norm, rms_norm, rotate, rotation
 from andesvl_jax.model.position_table import position_embedding
 from andesvl_jax.weights import Leaf, Param, apply
@@ -88,40 +88,59 @@ def embed_patches(params: Vision, config: AndesVLConfig, patches, coordinates, g
     return x
 
 
+def encoder_layer(
+    layer: VisionLayer, config: AndesVLConfig, x: jax.Array, place: Place, rotary: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """One layer over patches [B, P, C] -> [B, P, C]; rotary: `patch_rotation` of their coordinates."""
+    vision = config.vision
+    b, t, c = x.shape
+    act = activation(vision.hidden_act)
+
+    def norm(x, weight, bias):
+        return _norm(vision, x, weight, bias)
+
+    y = norm(x, layer.norm1, layer.norm1_bias)
+    y = apply(layer.qkv, y, layer.qkv_bias).reshape(b, t, 3, -1, vision.head_dim)  # so that heads can be sharded through q, k and v
+    q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
+    if vision.use_rope:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    own = Part(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), place, own=True)
+    y = attend(q, [own], place, False, config.attention, config.attention_chunk)
+    x = x + apply(layer.proj, y.reshape(b, t, c), layer.proj_bias)
+    y = norm(x, layer.norm2, layer.norm2_bias)
+    gate = act(apply(layer.fc1, y, layer.fc1_bias))
+    hidden = gate if layer.fc3 is None else gate * apply(layer.fc3, y, layer.fc3_bias)
+    return x + apply(layer.fc2, hidden, layer.fc2_bias)
+
+
+def patch_rotation(config: VisionConfig, coordinates) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of 2-D RoPE, float32 [B, P, 1, H], at coordinates int32 [B, P, 2]: row first, then column."""
+    frequencies = inverse_frequencies(config.head_dim // 2, config.rope_theta)
+    angles = coordinates[..., None].astype(jnp.float32) * frequencies
+    return rotation(angles.reshape(*coordinates.shape[:2], config.head_dim // 2))
+
+
 def encode(params: Vision, config: AndesVLConfig, x, coordinates, segments) -> jax.Array:
     """Transformer over embedded patches [B, P, C]; segments int32 [B, P] number the images, -1 is padding. -> [B, P, C]."""
     vision = config.vision
-    c, h = vision.hidden_size, vision.head_dim
-    act = activation(vision.hidden_act)
-    norm = (lambda x, w, b: rms_norm(x, w, vision.norm_eps)) if vision.family == "aimv2" else (
-        lambda x, w, b: layer_norm(x, w, b, vision.norm_eps)
-    )  # fmt: skip
-    frequencies = inverse_frequencies(h // 2, vision.rope_theta)
-    angles = (coordinates[..., None].astype(jnp.float32) * frequencies).reshape(*x.shape[:2], h // 2)  # row first, then column
-    turn = rotation(angles)
+    rotary = patch_rotation(vision, coordinates)
     present = jnp.where(segments < 0, -1, 0)
     windows = _window_segments(vision, coordinates, segments)
 
-    def layer(x, p: VisionLayer, full):
-        b, t, _ = x.shape
-        y = norm(x, p.norm1, p.norm1_bias)
-        y = apply(p.qkv, y, p.qkv_bias).reshape(b, t, 3, -1, h)  # so that a cut between heads is none through q, k and v
-        q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
-        if vision.use_rope:
-            q, k = rotate(q, turn), rotate(k, turn)
+    def body(x, layer: VisionLayer, full):
         place = Place(present, segments if windows is None else jnp.where(full, segments, windows))
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        y = attend(q, k, v, place, place, False, config.attention, config.attention_chunk)
-        x = x + apply(p.proj, y.reshape(b, t, c), p.proj_bias)
-        y = norm(x, p.norm2, p.norm2_bias)
-        gate = act(apply(p.fc1, y, p.fc1_bias))
-        hidden = gate if p.fc3 is None else gate * apply(p.fc3, y, p.fc3_bias)
-        return x + apply(p.fc2, hidden, p.fc2_bias), None
+        return encoder_layer(layer, config, x, place, rotary), None
 
     full_layers = vision.full_attention_layers
     full = jnp.array([full_layers is None or i in full_layers for i in range(vision.num_layers)])
-    x, _ = layer_loop(layer, x, params.layers, full, config.remat)
-    return norm(x, params.norm, params.norm_bias)
+    x, _ = layer_loop(body, x, params.layers, full, config.layer_loop, config.remat)
+    return _norm(vision, x, params.norm, params.norm_bias)
+
+
+def _norm(config: VisionConfig, x, weight, bias) -> jax.Array:
+    if config.family == "aimv2":
+        return rms_norm(x, weight, config.norm_eps)
+    return layer_norm(x, weight, bias, config.norm_eps)
 
 
 def _window_segments(vision: VisionConfig, coordinates, segments) -> jax.Array | None:

@@ -71,7 +71,7 @@ def loss_fn(
         params = gather(params, config, mesh)
     with compiled_for(mesh):
         if target_platform() == "cpu":  # measured by `andesvl bench train_step`: a scanned step is slower there
-            params = unstack_layers(params)
+            params, config = unstack_layers(params, config)
         hidden = forward(params, config, batch)
     head = AndesVL(None, None, params.decoder.replace(layers=None))
     total, weight = sum_over_parts(cross_entropy, mesh)(head, hidden, batch.target_slots, batch.targets, batch.target_weights)

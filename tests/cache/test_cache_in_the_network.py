@@ -10,7 +10,7 @@ import pytest
 from tiny import max_relative, random_sample, tiny_batch, tiny_config, tiny_params
 
 from andesvl_jax.cache.eviction import POLICIES, Eviction
-from andesvl_jax.cache.kv import cache_bytes, grow
+from andesvl_jax.cache.kv import cache_bytes
 from andesvl_jax.decoding.generate import decode_until, new_tokens_of, prefill, run
 from andesvl_jax.decoding.sampling import sampling_options
 from andesvl_jax.inputs.packing import assemble_prompts
@@ -45,8 +45,8 @@ def generated(samples, eviction: Eviction | None, new_tokens: int = 12):
 @jax.jit
 def next_logits(cache, tokens):
     x = embed_tokens(params().decoder, CONFIG, tokens[:, None])
-    hidden, _, _ = decode(params().decoder, CONFIG, x, Place(cache.length[:, None]), grow(cache, 1))
-    return logits(params().decoder, hidden[:, 0])
+    decoded = decode(params().decoder, CONFIG, x, Place(cache.length[:, None]), cache)
+    return logits(params().decoder, decoded.hidden[:, 0])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -120,4 +120,4 @@ def test_segments_in_a_cached_row_are_refused():
     batch = tiny_batch(CONFIG, [prompts(9), prompts(8)])
     x = embed_tokens(params().decoder, CONFIG, batch.tokens)
     with pytest.raises(ValueError, match="one conversation per row"):
-        decode(params().decoder, CONFIG, x, Place(batch.positions, batch.segments), grow(cache, 48))
+        decode(params().decoder, CONFIG, x, Place(batch.positions, batch.segments), cache)

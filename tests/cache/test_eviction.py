@@ -1,5 +1,6 @@
 """Scorers against brute force, and what any policy must respect: budgets, sinks, the window, rows that do not meet."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -8,12 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from andesvl_jax.cache.eviction import POLICIES, Eviction, LayerView, evict_layer
+from andesvl_jax.cache.eviction import POLICIES, Eviction, LayerView, kept_slots
 from andesvl_jax.errors import UserError
 
 B, K, G, W, C, H, D = 3, 2, 2, 8, 64, 4, 10
 LENGTHS = np.array([64, 41, 5])  # a full bucket, a partial one, a prompt shorter than the window
-evict = jax.jit(evict_layer, static_argnames="eviction")
+
+
+@functools.partial(jax.jit, static_argnames="eviction")
+def evict(view: LayerView, length, eviction: Eviction):
+    """keys, values [B, K, C', H] and positions [B, K, C'] of what stays."""
+    index = kept_slots(view, length, eviction)
+    gather = lambda x: jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), 2)  # noqa: E731
+    return gather(view.keys), gather(view.values), jnp.where(index >= 0, gather(view.positions), -1)
 
 
 def softmax(x):

@@ -93,12 +93,12 @@ def test_streaming_gives_the_tokens_of_one_run():
 def test_a_decoding_step_gives_its_buffers_to_the_next():
     sample = prompt_sample(bundle(), *prompt(*PROMPTS[0]))
     batch = assemble_prompts([sample], CONFIG.vision.patch_features)
-    states = run(bundle().decoding_params, CONFIG, batch, sampling_options(1), 11, chunk=3)
+    states = run(bundle().decoding_params, bundle().decoding_config, batch, sampling_options(1), 11, chunk=3)
     first = next(states)
     old = first.cache.keys, first.cache.values, first.cache.positions, first.tokens, first.last
     second = next(states)
     assert all(buffer.is_deleted() for buffer in old)
-    assert second.step == 6 and not second.cache.keys.is_deleted()
+    assert second.counts.tolist() == [6] and not second.cache.keys.is_deleted()
 
 
 def test_repetition_penalty_and_presence_penalty_act():

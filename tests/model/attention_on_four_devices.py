@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import max_relative
 
-from andesvl_jax.model.attention import Place, attend
+from andesvl_jax.model.attention import Part, Place, attend
 from andesvl_jax.model.devices import HEAD_AXES, ROW_AXES, compiled_for
 from andesvl_jax.model.splash import splash
 from andesvl_jax.training.sharding import make_mesh
@@ -29,8 +29,8 @@ PLACE = Place(jnp.broadcast_to(jnp.arange(T), (2, T)), SEGMENTS)
 ARRAYS = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, T, 4, 8), (2, T, 4, 8), (2, 2, T, 8), (2, 2, T, 8))]
 BACKENDS = {
     "splash": lambda causal, *qkv: splash(*qkv, SEGMENTS, causal, interpret=True),
-    "einsum": lambda causal, *qkv: attend(*qkv, PLACE, PLACE, causal, "einsum", 1),
-    "chunked": lambda causal, *qkv: attend(*qkv, PLACE, PLACE, causal, "chunked", 3),
+    "einsum": lambda causal, q, k, v: attend(q, [Part(k, v, PLACE, own=True)], PLACE, causal, "einsum", 1),
+    "chunked": lambda causal, q, k, v: attend(q, [Part(k, v, PLACE, own=True)], PLACE, causal, "chunked", 3),
 }
 
 

@@ -10,13 +10,13 @@ from andesvl_jax.cache.kv import Cache
 from andesvl_jax.decoding import generate
 from andesvl_jax.decoding.sampling import sampling_options
 from andesvl_jax.inputs.packing import ImageRow, assemble_prompts, make_sample
+from andesvl_jax.kernels import cpu
 from andesvl_jax.model import attention, packed
 from andesvl_jax.model.andesvl import encode_images, for_decoding
-from andesvl_jax.model.attention import Place, attend, attend_cache
-from andesvl_jax.weights import kernel
+from andesvl_jax.model.attention import Part, Place, attend, cache_part
 
 TOLERANCE = 2e-6  # float32: sums in another order
-needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs a C++ compiler")
+needs_kernel = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
 
 
 @pytest.fixture(params=[False, True])
@@ -40,7 +40,7 @@ def test_blocks_equal_the_whole(heads, per_head):
     positions[..., 0] = 0  # every query sees something
     segments = None if per_head else np.sort(rng.integers(0, 3, (b, s))).astype(np.int32)
     here = Place(rng.integers(0, s, (b, t)).astype(np.int32), None if per_head else segments[:, :t])
-    run = lambda backend: attend(q, keys, values, here, Place(positions, segments), per_head, backend, 8)  # noqa: E731
+    run = lambda backend: attend(q, [Part(keys, values, Place(positions, segments))], here, per_head, backend, 8)  # noqa: E731
     assert max_relative(run("chunked"), run("einsum")) <= TOLERANCE
 
 
@@ -63,7 +63,7 @@ def test_a_causal_row_in_pieces_equals_the_whole_and_leaves_the_later_pieces_out
     there = (np.asarray(place.positions) >= 0)[..., None, None]
 
     def run(backend):
-        loss = lambda q, k, v: (jnp.where(there, attend(q, k, v, place, place, True, backend, chunk), 0) ** 2).sum()  # noqa: E731
+        loss = lambda q, k, v: (jnp.where(there, attend(q, [Part(k, v, place, own=True)], place, True, backend, chunk), 0) ** 2).sum()  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 
     for found, expected in zip(jax.tree.leaves(run("chunked")(q, k, v)), jax.tree.leaves(run("einsum")(q, k, v)), strict=True):
@@ -89,7 +89,7 @@ def test_long_packed_rows_equal_the_whole_in_both_passes(dtype, shuffled, monkey
 
     def run(backend, dtype):
         def loss(q, k, v):
-            return (jnp.where(there, attend(q, k, v, place, place, True, backend, 48), 0).astype(jnp.float32) ** 2).sum()
+            return (jnp.where(there, attend(q, [Part(k, v, place, own=True)], place, True, backend, 48), 0).astype(jnp.float32) ** 2).sum()
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*(x.astype(dtype) for x in (q, k, v)))
 
@@ -135,7 +135,7 @@ def test_neither_pass_of_blocks_holds_the_square(causal, platform, monkeypatch):
 
         def loss(q, k, v, positions, segments):
             place = Place(positions, segments)
-            return attend(q, k, v, place, place, causal, "chunked", 32).sum()
+            return attend(q, [Part(k, v, place, own=True)], place, causal, "chunked", 32).sum()
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, kv, kv, slots, slots).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -145,29 +145,44 @@ def test_neither_pass_of_blocks_holds_the_square(causal, platform, monkeypatch):
     assert large < 4096 * 4096 * 4 / 2  # half the scores of one of four heads
 
 
-@needs_kernel
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(2, 1, 1, 4, 2, 13, 16), (3, 2, 5, 8, 2, 40, 128), (2, 2, 1, 4, 4, 700, 80)], ids=str)
-def test_few_queries_by_the_kernel_equal_plain_attention(shape, dtype):
-    """Slots in any order, other ones in each head, a third of them empty, queries that see only some."""
-    layers, b, t, n, k, c, h = shape
-    rng = np.random.default_rng(0)
-    q = jnp.asarray(3 * rng.normal(size=(b, t, n, h)), jnp.float32)
+def random_cache(rng, layers, b, k, c, h, dtype="float32") -> Cache:
+    """Slots in any order, other ones in each head, a third of them empty."""
     keys, values = (jnp.asarray(rng.normal(size=(layers, b, k, c, h)), dtype) for _ in range(2))
     slots = np.argsort(rng.random((layers, b, k, c)), -1).astype(np.int32)
     slots = jnp.asarray(np.where(rng.random(slots.shape) < 0.3, -1, slots))
-    at = jnp.asarray(rng.integers(c // 2, c, (b, t)), jnp.int32)
-    plain = Cache(keys, values, slots, None, None)
-    attending = jax.jit(lambda cache, layer: attend_cache(q, cache, layer, at, "einsum", 256))
+    return Cache(keys, values, slots, jnp.zeros_like(slots, jnp.int8), jnp.full(b, c, jnp.int32))
+
+
+@needs_kernel
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 4, 2, 13, 16), (3, 2, 5, 8, 2, 40, 128), (2, 2, 1, 4, 4, 700, 80)], ids=str)
+def test_few_queries_by_the_kernel_equal_plain_attention(shape, dtype, masked):
+    """Queries that see only some slots and some of their own tokens, rows with other lengths, padding among the tokens."""
+    layers, b, t, n, k, c, h = shape
+    rng = np.random.default_rng(0)
+    cache = random_cache(rng, layers, b, k, c, h, dtype)
+    q = jnp.asarray(3 * rng.normal(size=(b, t, n, h)), jnp.float32)
+    own_keys, own_values = (jnp.asarray(rng.normal(size=(b, k, t, h)), jnp.float32) for _ in range(2))
+    at = np.sort(rng.integers(c // 2, c, (b, t)), -1).astype(np.int32)
+    at[:, t - t // 3 :] = -1  # padding
+    mask = jnp.asarray(np.tril(rng.random((b, t, t)) < 0.6) | np.eye(t, dtype=bool)) if masked else None
+    place = Place(jnp.asarray(at))
+    own = Part(own_keys, own_values, place, mask, own=True)
+    attending = jax.jit(lambda cache, layer: attend(q, [cache_part(cache, layer), own], place, True, "einsum", 256))
     for layer in range(layers):
-        expected = attending(plain, jnp.int32(layer))
-        assert max_relative(attending(plain.replace(streamed=True), jnp.int32(layer)), expected) <= TOLERANCE
+        expected = attending(cache, jnp.int32(layer)) * (at >= 0)[..., None, None]  # the kernel gives padding zeros
+        found = attending(cache.replace(compiled=True), jnp.int32(layer))
+        assert max_relative(found, expected) <= TOLERANCE
 
 
 @needs_kernel
 def test_a_query_that_sees_nothing_gets_zeros_from_the_kernel():
-    cache = Cache(*(jnp.ones((1, 1, 1, 5, 16)),) * 2, jnp.array([[[[-1, 3, 4, -1, -1]]]], jnp.int32), None, None, streamed=True)
-    found = attend_cache(jnp.ones((1, 2, 1, 16)), cache, jnp.int32(0), jnp.array([[2, 3]], jnp.int32), "einsum", 256)
+    slots = jnp.array([[[[-1, 3, 4, -1, -1]]]], jnp.int32)
+    cache = Cache(*(jnp.ones((1, 1, 1, 5, 16)),) * 2, slots, slots.astype(jnp.int8), None, compiled=True)
+    place, kv = Place(jnp.array([[2, 3]], jnp.int32)), jnp.full((1, 1, 2, 16), 7.0)
+    own = Part(kv, kv, place, jnp.zeros((1, 2, 2), bool), own=True)
+    found = attend(jnp.ones((1, 2, 1, 16)), [cache_part(cache, 0), own], place, True, "einsum", 256)
     np.testing.assert_array_equal(found[0, :, 0, 0], [0, 1])
 
 
@@ -175,20 +190,18 @@ def test_a_query_that_sees_nothing_gets_zeros_from_the_kernel():
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_decoding_by_the_kernel_equals_decoding_without_it(weights, monkeypatch):
     config = tiny_config(text={"head_dim": 16})
-    params = for_decoding(tiny_params(config), weights)
     rng = np.random.default_rng(0)
     samples = [make_sample(rng.integers(0, 60, n), np.zeros(n, bool), (), -1) for n in (9, 21)]
     batch = assemble_prompts(samples, config.vision.patch_features)
 
     def answer():
-        jax.clear_caches()
-        *_, state = generate.run(params, config, batch, sampling_options(2), 12)
+        params, unrolled = for_decoding(tiny_params(config), config, weights)
+        *_, state = generate.run(params, unrolled, batch, sampling_options(2), 12)
         return state
 
     compiled = answer()
-    monkeypatch.setattr(kernel, "available", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: False)
     plain = answer()
-    jax.clear_caches()
-    assert compiled.cache.streamed and not plain.cache.streamed
+    assert compiled.cache.compiled and not plain.cache.compiled
     np.testing.assert_array_equal(compiled.tokens, plain.tokens)
     assert max_relative(compiled.last, plain.last) <= 1e-5  # twelve steps of two layers, each rounding differently

@@ -27,8 +27,8 @@ def unrolled(config):
     )
 
     def loss(trained: dict, frozen: dict):
-        params = unstack_layers(AndesVL(**trained, **frozen))
-        return logits(params.decoder, forward(params, config, batch)[:, :OUTPUTS]).sum()
+        params, unrolled = unstack_layers(AndesVL(**trained, **frozen), config)
+        return logits(params.decoder, forward(params, unrolled, batch)[:, :OUTPUTS]).sum()
 
     params = abstract(describe(config), config.param_dtype)
     return loss, {part: getattr(params, part) for part in PARTS}

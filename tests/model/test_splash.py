@@ -17,7 +17,7 @@ from tiny import max_relative, tiny_config, xla_flags
 from andesvl_jax.cache.kv import empty_cache
 from andesvl_jax.errors import UserError
 from andesvl_jax.model import attention
-from andesvl_jax.model.attention import Place, attend, attend_cache, pick
+from andesvl_jax.model.attention import Part, Place, attend, cache_part, pick
 from andesvl_jax.model.devices import compiled_for, target_platform
 from andesvl_jax.model.splash import splash
 
@@ -54,7 +54,7 @@ def test_splash_equals_plain_attention_in_values_and_gradients(case):
     n, k, h, t, causal, dtype = case
     rng, wide, narrow = np.random.default_rng(0), (2, t, n, h), (2, k, t, h)
     arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in (wide, wide, narrow, narrow)]
-    plain = lambda place, *qkv: attend(*qkv, place, place, causal, "einsum", 1)  # noqa: E731
+    plain = lambda place, q, k, v: attend(q, [Part(k, v, place, own=True)], place, causal, "einsum", 1)  # noqa: E731
     kernel = lambda place, *qkv: splash(*qkv, place.segments, causal, interpret=True)  # noqa: E731
     expected, found = (with_gradient(fn, packed(t), *arrays) for fn in (plain, kernel))
     for a, b in zip(found, expected, strict=True):
@@ -101,9 +101,9 @@ def test_splash_refuses_what_it_cannot_honour():
     config = tiny_config(attention="splash").text
     q, kv, place = jnp.ones((1, 4, 4, 8)), jnp.ones((1, 2, 4, 8)), Place(jnp.arange(4)[None])
     with pytest.raises(UserError, match="attention: found 'splash', a kernel for TPU, on cpu; expected 'auto' or 'chunked'"):
-        attend(q, kv, kv, place, place, True, "splash", 256)
+        attend(q, [Part(kv, kv, place, own=True)], place, True, "splash", 256)
     with on("tpu"), pytest.raises(UserError, match="'splash', which reads no cache; expected 'auto' or 'chunked' to decode"):
-        attend_cache(q, empty_cache(config, 1, 4, jnp.float32), jnp.int32(0), place.positions, "splash", 256)
+        attend(q, [cache_part(empty_cache(config, 1, 4, jnp.float32), 0)], place, True, "splash", 256)
     with pytest.raises(ValueError, match="'flash', expected one of"):
         pick("flash", own=True)
 
@@ -113,7 +113,7 @@ def test_tokens_without_segments_see_all_that_is_no_padding(monkeypatch):
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 9, 2, 8), (1, 2, 9, 8), (1, 2, 9, 8)))
     place = Place(jnp.where(jnp.arange(9) < 6, 0, -1)[None])
-    expected = attend(q, k, v, place, place, False, "einsum", 256)
+    expected = attend(q, [Part(k, v, place, own=True)], place, False, "einsum", 256)
     with on("tpu"):
-        found = attend(q, k, v, place, place, False, "auto", 256)
+        found = attend(q, [Part(k, v, place, own=True)], place, False, "auto", 256)
     assert max_relative(found[:, :6], expected[:, :6]) <= TOLERANCE["float32"]

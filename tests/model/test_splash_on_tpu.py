@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import random_sample, tiny_batch, tiny_config
 
-from andesvl_jax.model.attention import Place, attend
+from andesvl_jax.model.attention import Part, Place, attend
 from andesvl_jax.model.devices import HEAD_AXES, ROW_AXES, compiled_for
 from andesvl_jax.training.collectives import by_kind, collectives
 from andesvl_jax.training.config import Optimizer, TrainConfig
@@ -45,7 +45,7 @@ def compiled(mesh, n: int, k: int, h: int, t: int, causal: bool, backend: str = 
 
     def loss(q, k, v, positions, segments):
         place = Place(positions, segments)
-        return attend(q, k, v, place, place, causal, backend, 256).astype(jnp.float32).sum()
+        return attend(q, [Part(k, v, place, own=True)], place, causal, backend, 256).astype(jnp.float32).sum()
 
     def gradient(*xs):
         with compiled_for(mesh):

@@ -21,7 +21,7 @@ import andesvl_jax as avl
 from andesvl_jax.config import CONFIGS
 from andesvl_jax.inputs.packing import Budget
 from andesvl_jax.model.andesvl import describe
-from andesvl_jax.model.attention import Place, attend
+from andesvl_jax.model.attention import Part, Place, attend
 from andesvl_jax.training.collectives import by_kind, collectives
 from andesvl_jax.training.sharding import (
     MESH_AXES,
@@ -177,7 +177,7 @@ def test_a_budget_that_does_not_divide_is_refused(budget, message):
 def test_attention_to_a_row_that_does_not_divide_is_refused():
     q, kv, place = jnp.ones((1, 5, 2, 4)), jnp.ones((1, 2, 5, 4)), Place(jnp.arange(5)[None])
     with jax.sharding.use_abstract_mesh(mesh_of(context=2)), pytest.raises(avl.UserError, match="5 tokens or patches, .* of 2"):
-        attend(q, kv, kv, place, place, True, "auto", 4)
+        attend(q, [Part(kv, kv, place, own=True)], place, True, "auto", 4)
 
 
 def test_the_table_names_every_parameter_and_its_bytes():

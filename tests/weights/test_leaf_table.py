@@ -93,9 +93,9 @@ def batch():
     return tiny_batch(CONFIG, [samples[:2], samples[2:]], tokens=32, patches=24)
 
 
-def forward_scores(params, batch):
+def forward_scores(params, batch, config=CONFIG):
     """float32 [2, T, V] for the batch; padding slots, where nothing is promised, are zero."""
-    return logits(params.decoder, forward(params, CONFIG, batch)) * (batch.positions >= 0)[..., None]
+    return logits(params.decoder, forward(params, config, batch)) * (batch.positions >= 0)[..., None]
 
 
 @jax.jit
@@ -105,7 +105,8 @@ def scores(params):
 
 @jax.jit
 def unrolled_scores(params):
-    return forward_scores(unstack_layers(params), batch())
+    unrolled, config = unstack_layers(params, CONFIG)
+    return forward_scores(unrolled, batch(), config)
 
 
 @jax.jit

@@ -1,6 +1,6 @@
-// What decoding on CPU spends its time on: the products of a few rows with large matrices, and attention of a few queries over
-// the cache. Both read each number in memory once. Weights and cache are float32 or bfloat16 and are widened in registers, all
-// else is float32; everything is row-major without padding. Each number of a result is summed by one thread in one order, so it
+// What decoding on CPU spends its time on: the products of a few rows with large matrices, attention of a few queries to the KV
+// cache and to their own tokens, and the writes into that cache. Each number in memory is read once. Weights and cache are float32
+// or bfloat16, the cache also int8 with scales, and are widened in registers; all else is float32; everything is row-major without padding. Each number of a result is summed by one thread in one order, so it
 // depends neither on the number of threads, nor on which of them does what, nor on the other rows.
 
 #ifdef __AVX512F__
@@ -31,6 +31,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 struct BFloat16 { uint16_t bits; };
 
@@ -51,6 +52,8 @@ inline Floats wide(const BFloat16* w) {
 #endif
   return (Floats)(words << 16);
 }
+
+inline Floats wide(const int8_t* w) { return __builtin_convertvector(load<Bytes>(w), Floats); }
 
 // The last few numbers of a row, filled up with zeros.
 template <typename T>
@@ -142,26 +145,44 @@ inline Floats exponential(Floats x) {
 
 struct Heads { int64_t batch, tokens, heads, kv_heads, slots, width; };
 
-// y[r, 0..U] = sum_c weight[r, c] * values[c, 0..U] for R rows and U vectors
+// y[r, 0..U] = sum_c weight[r, c] * values[c, 0..U] + sum_d weight[r, used + d] * own[d, 0..U] for R rows and U vectors
 template <int R, int U, typename T>
-void mix(const T* values, const float* weight, float* const* y, int64_t used, int64_t stride, int64_t width) {
+void mix(const T* values, int64_t used, const float* own, int64_t owned, const float* weight, float* const* y, int64_t stride,
+         int64_t width) {
   Floats sums[R][U] = {};
-  for (int64_t c = 0; c < used; ++c) {
-    Floats v[U];
-    for (int u = 0; u < U; ++u) v[u] = wide(values + c * width + u * kWide);
-    for (int r = 0; r < R; ++r)
-      for (int u = 0; u < U; ++u) sums[r][u] += weight[r * stride + c] * v[u];
-  }
+  const auto add = [&](const auto* from, const float* w, int64_t count) {
+    for (int64_t c = 0; c < count; ++c) {
+      Floats v[U];
+      for (int u = 0; u < U; ++u) v[u] = wide(from + c * width + u * kWide);
+      for (int r = 0; r < R; ++r)
+        for (int u = 0; u < U; ++u) sums[r][u] += w[r * stride + c] * v[u];
+    }
+  };
+  add(values, weight, used);
+  add(own, weight + used, owned);
   for (int r = 0; r < R; ++r) std::memcpy(y[r], sums[r], sizeof(sums[r]));
 }
 
-// All queries of one row of the batch that share a kv head. A query at `at` sees the slots at 0..at; one that sees none gets 0.
+// The arguments of attention for one batch row and kv head: cached keys and values [C, H] of the slots at `positions`, their
+// scales [C] or null, own ones [T, H], `at` [T], `mask` [T, T] or null.
 template <typename T>
-void attend_head(const float* q, const T* keys, const T* values, const int32_t* positions, const int32_t* at, float* y, Heads h) {
+struct Head {
+  const T *keys, *values;
+  const float *key_scales, *value_scales;
+  const int32_t* positions;
+  const float *own_keys, *own_values;
+  const int32_t* at;
+  const bool* mask;
+};
+
+// All queries of one batch row that share a kv head. A query at `at` sees slots and own tokens at 0..at; one that sees none gets 0.
+template <typename T>
+void attend_head(const float* q, const Head<T>& head, float* y, Heads h) {
   const int64_t group = h.heads / h.kv_heads, rows = h.tokens * group;
-  int64_t used = h.slots;
-  while (used && positions[used - 1] < 0) --used;
-  const int64_t stride = (used + kWide - 1) / kWide * kWide;
+  const bool padding = std::all_of(head.at, head.at + h.tokens, [](int32_t at) { return at < 0; });
+  int64_t used = padding ? 0 : h.slots;
+  while (used && head.positions[used - 1] < 0) --used;
+  const int64_t stride = (used + h.tokens + kWide - 1) / kWide * kWide;
   thread_local std::vector<float> memory;  // kept from call to call
   memory.resize(std::max<size_t>(memory.size(), rows * (h.width + stride)));
   float *queries = memory.data(), *weights = queries + rows * h.width;
@@ -170,15 +191,25 @@ void attend_head(const float* q, const T* keys, const T* values, const int32_t* 
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < h.width; ++k) queries[r * h.width + k] = q[place(r) + k] * scale;
 
-  dots(keys, queries, weights, Shape{rows, h.width, stride}, 0, used);
+  const Shape shape{rows, h.width, stride};
+  dots(head.keys, queries, weights, shape, 0, used);
+  dots(head.own_keys, queries, weights + used, shape, 0, h.tokens);
 
   for (int64_t r = 0; r < rows; ++r) {
+    const int64_t t = r / group;
     float *w = weights + r * stride, most = -INFINITY;
+    if (head.key_scales)
+      for (int64_t c = 0; c < used; ++c) w[c] *= head.key_scales[c];
     for (int64_t c = 0; c < used; ++c) {
-      if (positions[c] < 0 || positions[c] > at[r / group]) w[c] = -INFINITY;
+      if (head.positions[c] < 0 || head.positions[c] > head.at[t]) w[c] = -INFINITY;
       most = std::max(most, w[c]);
     }
-    std::fill(w + used, w + stride, -INFINITY);
+    for (int64_t d = 0; d < h.tokens; ++d) {
+      float& own = w[used + d];
+      if (head.at[d] < 0 || head.at[d] > head.at[t] || (head.mask && !head.mask[t * h.tokens + d])) own = -INFINITY;
+      most = std::max(most, own);
+    }
+    std::fill(w + used + h.tokens, w + stride, -INFINITY);
     if (most == -INFINITY) most = 0;
     Floats total = {};
     for (int64_t c = 0; c < stride; c += kWide) {
@@ -188,13 +219,15 @@ void attend_head(const float* q, const T* keys, const T* values, const int32_t* 
     }
     const float sums = sum(total), inverse = sums > 0 ? 1 / sums : 0;
     for (int64_t c = 0; c < stride; ++c) w[c] *= inverse;
+    if (head.value_scales)
+      for (int64_t c = 0; c < used; ++c) w[c] *= head.value_scales[c];
   }
 
   const auto columns = [&](auto vectors, int64_t k) {
     const auto block = [&](auto count, int64_t r) {
       float* to[count];
       for (int i = 0; i < count; ++i) to[i] = y + place(r + i) + k;
-      mix<count, vectors>(values + k, weights + r * stride, to, used, stride, h.width);
+      mix<count, vectors>(head.values + k, used, head.own_values + k, h.tokens, weights + r * stride, to, stride, h.width);
     };
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) block(std::integral_constant<int, 4>(), r);
@@ -206,13 +239,18 @@ void attend_head(const float* q, const T* keys, const T* values, const int32_t* 
   for (; k < h.width; k += kWide) columns(std::integral_constant<int, 1>(), k);
 }
 
+// `all` holds the arguments of the first batch row and kv head.
 template <typename T>
-void attend(ffi::ThreadPool& pool, const float* q, const T* keys, const T* values, const int32_t* positions, const int32_t* at,
-            float* y, Heads h) {
+void attend(ffi::ThreadPool& pool, const float* q, const Head<T>& all, float* y, Heads h) {
   in_parts(pool, h.batch * h.kv_heads, [&](int64_t p) {
     const int64_t b = p / h.kv_heads, first = (b * h.tokens * h.heads + p % h.kv_heads * (h.heads / h.kv_heads)) * h.width;
-    const int64_t kv = p * h.slots * h.width;
-    attend_head(q + first, keys + kv, values + kv, positions + p * h.slots, at + b * h.tokens, y + first, h);
+    const int64_t kv = p * h.slots * h.width, own = p * h.tokens * h.width;
+    const auto shifted = [](auto* from, int64_t by) { return from ? from + by : nullptr; };
+    attend_head<T>(q + first,
+                   {all.keys + kv, all.values + kv, shifted(all.key_scales, p * h.slots), shifted(all.value_scales, p * h.slots),
+                    all.positions + p * h.slots, all.own_keys + own, all.own_values + own, all.at + b * h.tokens,
+                    shifted(all.mask, b * h.tokens * h.tokens)},
+                   y + first, h);
   });
 }
 
@@ -267,29 +305,66 @@ ffi::Error widened(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> w, ffi::AnyBuffe
   return ffi::Error::Success();
 }
 
-// One layer of a cache: keys and values [L, B, K, C, H], the positions of their slots [L, B, K, C]; q, y [B, T, N, H], at [B, T].
+// One layer of a cache: keys and values [L, B, K, C, H], the positions of their slots [L, B, K, C]; q, y [B, T, N, H], at [B, T],
+// own keys and values [B, K, T, H], mask [B, T, T] or empty, scales of int8 keys and values [L, B, K, C] or empty.
 ffi::Error few_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                        ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> at, ffi::Buffer<ffi::S32> layer,
-                       ffi::ResultBuffer<ffi::F32> y) {
+                       ffi::Buffer<ffi::F32> own_keys, ffi::Buffer<ffi::F32> own_values, ffi::Buffer<ffi::PRED> mask,
+                       ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales, ffi::ResultBuffer<ffi::F32> y) {
   const auto qs = q.dimensions(), ks = keys.dimensions(), vs = values.dimensions(), ps = positions.dimensions();
   if (qs.size() != 4 || ks.size() != 5 || ps.size() != 4 || !std::equal(ks.begin(), ks.end(), vs.begin(), vs.end()) ||
       !std::equal(ps.begin(), ps.end(), ks.begin()) || ks[1] != qs[0] || ks[4] != qs[3] || qs[2] % ks[2] || qs[3] % kWide ||
       at.element_count() != size_t(qs[0] * qs[1]) || layer.element_count() != 1 || y->element_count() != q.element_count() ||
-      keys.element_type() != values.element_type())
+      keys.element_type() != values.element_type() || own_keys.element_count() != size_t(qs[0] * ks[2] * qs[1] * qs[3]) ||
+      own_values.element_count() != own_keys.element_count() ||
+      key_scales.element_count() != value_scales.element_count() ||
+      (keys.element_type() == ffi::S8) != (key_scales.element_count() > 0) ||
+      (key_scales.element_count() && key_scales.element_count() != positions.element_count()) ||
+      (mask.element_count() && mask.element_count() != size_t(qs[0] * qs[1] * qs[1])))
     return ffi::Error::InvalidArgument("few_queries: shapes do not fit each other, or heads are no multiple of 16 wide");
   const int64_t index = layer.typed_data()[0];
   if (index < 0 || index >= ks[0]) return ffi::Error::InvalidArgument("few_queries: the cache has no such layer");
   const Heads h{qs[0], qs[1], qs[2], ks[2], ks[3], ks[4]};
   const int64_t slots = index * ks[1] * ks[2] * ks[3];
   const auto run = [&](auto type) {
-    const auto* k = static_cast<const decltype(type)*>(keys.untyped_data()) + slots * h.width;
-    const auto* v = static_cast<const decltype(type)*>(values.untyped_data()) + slots * h.width;
-    attend(pool, q.typed_data(), k, v, positions.typed_data() + slots, at.typed_data(), y->typed_data(), h);
+    using T = decltype(type);
+    const Head<T> all{static_cast<const T*>(keys.untyped_data()) + slots * h.width,
+                      static_cast<const T*>(values.untyped_data()) + slots * h.width,
+                      key_scales.element_count() ? key_scales.typed_data() + slots : nullptr,
+                      value_scales.element_count() ? value_scales.typed_data() + slots : nullptr,
+                      positions.typed_data() + slots,
+                      own_keys.typed_data(),
+                      own_values.typed_data(),
+                      at.typed_data(),
+                      mask.element_count() ? mask.typed_data() : nullptr};
+    attend<T>(pool, q.typed_data(), all, y->typed_data(), h);
     return ffi::Error::Success();
   };
   if (keys.element_type() == ffi::F32) return run(float());
   if (keys.element_type() == ffi::BF16) return run(BFloat16());
-  return ffi::Error::InvalidArgument("few_queries: the cache must be float32 or bfloat16");
+  if (keys.element_type() == ffi::S8) return run(int8_t());
+  return ffi::Error::InvalidArgument("few_queries: the cache must be float32, bfloat16 or int8");
+}
+
+// Rows [L, B, K, T, ...] into x [L, B, K, C, ...] at slots [L, B, K, T]; a slot that x lacks is skipped. y is x where XLA owns it.
+ffi::Error write_slots(ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots, ffi::Result<ffi::AnyBuffer> y) {
+  const auto xs = x.dimensions(), rs = rows.dimensions(), ss = slots.dimensions();
+  if (xs.size() < 4 || rs.size() != xs.size() || ss.size() != 4 || !std::equal(ss.begin(), ss.end(), rs.begin()) ||
+      !std::equal(xs.begin(), xs.begin() + 3, rs.begin()) || !std::equal(xs.begin() + 4, xs.end(), rs.begin() + 4) ||
+      x.element_type() != rows.element_type() || y->size_bytes() != x.size_bytes())
+    return ffi::Error::InvalidArgument("write_slots: shapes or types do not fit, expected x [l, b, k, c, ..], rows [l, b, k, t, ..]");
+  char* to = static_cast<char*>(y->untyped_data());
+  if (to != x.untyped_data()) std::memcpy(to, x.untyped_data(), x.size_bytes());
+  const int64_t written = slots.element_count(), heads = ss[0] * ss[1] * ss[2];
+  if (!written) return ffi::Error::Success();
+  const int64_t bytes = rows.size_bytes() / written, count = ss[3], capacity = xs[3];
+  const char* from = static_cast<const char*>(rows.untyped_data());
+  for (int64_t p = 0; p < heads; ++p)
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t slot = slots.typed_data()[p * count + t];
+      if (slot >= 0 && slot < capacity) std::memcpy(to + (p * capacity + slot) * bytes, from + (p * count + t) * bytes, bytes);
+    }
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -301,7 +376,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     AndesvlFewQueries, few_queries,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>());
+        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::PRED>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
+        .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    AndesvlWriteSlots, write_slots,
+    ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     AndesvlRowsOf, rows_of,

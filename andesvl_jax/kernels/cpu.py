@@ -1,5 +1,7 @@
-"""What decoding on CPU spends its time on, compiled: `kernel.cc` is built once for this machine, kept in the user's cache and
-handed to XLA. It has no gradient and is never exported: only the decoding loop's representations lead here.
+"""Binding of `cpu.cc`, which is built once for this machine, cached in the user's directory and registered with XLA.
+
+The kernels have no gradient and are never exported. `available` is called before anything is traced; traced code reads the
+answer from a static field of what it computes with: `Streamed.compiled` of a weight, `Cache.compiled` of a KV cache.
 """
 
 import ctypes
@@ -15,30 +17,42 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 
-SOURCE = Path(__file__).with_name("kernel.cc")
+SOURCE = Path(__file__).with_name("cpu.cc")
 TARGETS = {
     "andesvl_few_rows": "AndesvlFewRows",
     "andesvl_few_queries": "AndesvlFewQueries",
     "andesvl_rows_of": "AndesvlRowsOf",
     "andesvl_widened": "AndesvlWidened",
+    "andesvl_write_slots": "AndesvlWriteSlots",
 }
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 BUILD_LIMIT_S = 120
 WIDTH = 16  # numbers that the kernel takes at a time
 
 
-@functools.cache
 def available() -> bool:
-    """Whether XLA on CPU knows the kernel; the first call builds it, or warns once with the reason why not."""
+    """Whether the kernels are registered with XLA on CPU; the first call builds them, or warns once with the reason.
+
+    Raises:
+      RuntimeError: called while a function is traced, where a build would hide and the answer could differ between traces.
+    """
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise RuntimeError("kernels.cpu.available() is called while a function is traced, expected a call before tracing.")
+    return _registered()
+
+
+@functools.cache
+def _registered() -> bool:
     try:
         library = ctypes.CDLL(str(_built()))
     except OSError as error:
         warnings.warn(
             f"decoding without the compiled kernel, at half its speed or less ({error}): install a C++ compiler (c++) and see "
             "that ~/.cache belongs to you alone.",
-            stacklevel=2,
+            stacklevel=3,
         )
         return False
     for target, symbol in TARGETS.items():
@@ -62,18 +76,39 @@ def widened(w: jax.Array, after: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call("andesvl_widened", jax.ShapeDtypeStruct(w.shape, jax.numpy.finfo("float32").dtype))(w, after)
 
 
-def few_queries(q, keys, values, slots, positions, layer) -> jax.Array:
-    """Causal attention of float32 q [B, T, N, H] at int32 positions [B, T] over one layer, int32 [], of a cache.
+def few_queries(
+    q, keys, values, slots, positions, layer, own_keys, own_values, mask=None, key_scales=None, value_scales=None
+) -> jax.Array:
+    """Attention of a few queries to one layer of a KV cache and to their own tokens, one softmax over both.
+
+    A query sees the cached slots and the own tokens whose position is at most its own.
 
     Args:
-      keys, values: float32 or bfloat16 [L, B, K, C, H], H a multiple of WIDTH; slots: their positions, int32 [L, B, K, C],
-        -1 = empty.
+      q: float32 [B, T, N, H], H a multiple of WIDTH.
+      keys, values: float32, bfloat16 or int8 [L, B, K, C, H].
+      slots: int32 [L, B, K, C], position of each slot, -1 = empty.
+      positions: int32 [B, T], position of each query and own token, -1 = padding.
+      layer: int32 [], the layer of the cache.
+      own_keys, own_values: float32 [B, K, T, H].
+      mask: bool [B, T, T], which own tokens a query may see besides, or None: all.
+      key_scales, value_scales: float32 [L, B, K, C], what int8 keys and values are multiplied with; else None.
     Returns:
-      float32 [B, T, N, H]; 0 for a query that sees no slot.
+      float32 [B, T, N, H]; 0 for a query that sees nothing.
     """
+    mask = jnp.zeros((0, 0, 0), bool) if mask is None else mask
+    scales = [jnp.zeros(0, q.dtype) if x is None else x for x in (key_scales, value_scales)]
     return jax.ffi.ffi_call("andesvl_few_queries", jax.ShapeDtypeStruct(q.shape, q.dtype))(
-        q, keys, values, slots, positions, layer
+        q, keys, values, slots, positions, layer, own_keys, own_values, mask, *scales
     )
+
+
+def write_slots(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+    """x [L, B, K, C, ...] with rows [L, B, K, T, ...] at slots int32 [L, B, K, T]; a slot outside 0..C-1 is skipped.
+
+    Writes in place where XLA owns x: donated, or carried by a loop.
+    """
+    call = jax.ffi.ffi_call("andesvl_write_slots", jax.ShapeDtypeStruct(x.shape, x.dtype), input_output_aliases={0: 0})
+    return call(x, rows, slots)
 
 
 def _built() -> Path:
