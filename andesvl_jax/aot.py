@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from andesvl_jax.config import AndesVLConfig
-from andesvl_jax.decoding.generate import decode_until, prefill, start
 from andesvl_jax.decoding.sampling import sampling_options
+from andesvl_jax.decoding.state import SessionState, decode_until, make_room, prefill
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.packing import Batch, assemble
 from andesvl_jax.model.andesvl import AndesVL, describe, encode_images
@@ -216,19 +216,16 @@ def _train(config: TrainConfig, mesh: Mesh) -> tuple:
 
 def _prefill(config: TrainConfig, mesh: Mesh) -> tuple:
     params, batch = _weights(config.model, mesh), _batch(config, mesh)
-    _, cache = jax.eval_shape(_prompts_read(config.model), params, batch)
-    at = row_sharding(mesh), _cache_shardings(cache, config.model, mesh)
-    return jax.jit(_prompts_read(config.model), out_shardings=at), params, batch
+    state = jax.eval_shape(_prompts_read(config.model), params, batch)
+    return jax.jit(_prompts_read(config.model), out_shardings=_session_shardings(state, config.model, mesh)), params, batch
 
 
 def _decode(config: TrainConfig, mesh: Mesh) -> tuple:
     params, batch = _weights(config.model, mesh), _batch(config, mesh)
-    last, cache = jax.eval_shape(_prompts_read(config.model), params, batch)
-    with jax.sharding.set_mesh(mesh):
-        state = jax.eval_shape(functools.partial(start, new_tokens=NEW_TOKENS), last, cache, batch.tokens, batch.positions)
+    state = jax.eval_shape(_prompts_read(config.model), params, batch)
+    state = jax.eval_shape(functools.partial(make_room, slots=NEW_TOKENS, new_tokens=NEW_TOKENS), state)
     by_row, whole = row_sharding(mesh), NamedSharding(mesh, P())
-    at = jax.tree.map(lambda x: by_row, state).replace(cache=_cache_shardings(state.cache, config.model, mesh))
-    state = jax.tree.map(_placed, state, at)
+    state = jax.tree.map(_placed, state, _session_shardings(state, config.model, mesh))
     options = jax.tree.map(lambda x: _placed(x, by_row), jax.eval_shape(functools.partial(sampling_options, config.budget.rows)))
     number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)  # noqa: E731
     return decode_until, params, config.model, state, options, number(1), number()
@@ -262,10 +259,10 @@ def _weights(config: AndesVLConfig, mesh: Mesh) -> AndesVL:
     return jax.tree.map(lambda p, at: _placed(abstract(p, config.dtype), at), describe(config), at, is_leaf=is_param)
 
 
-def _cache_shardings(cache, config: AndesVLConfig, mesh: Mesh):
-    """[L, B, K, ...] by row, and between kv heads where `tensor` divides them; length by row."""
+def _session_shardings(state: SessionState, config: AndesVLConfig, mesh: Mesh) -> SessionState:
+    """By row; the arrays [L, B, K, ...] of the cache also between kv heads where `tensor` divides them."""
     by_head = NamedSharding(mesh, P(None, ShardingRules().batch, rules_for(config, mesh).kv_heads or None))
-    return jax.tree.map(lambda x: by_head if x.ndim > 1 else row_sharding(mesh), cache)
+    return jax.tree.map(lambda x: by_head if x.ndim > 2 else row_sharding(mesh), state)
 
 
 def _placed(x, at: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -18,7 +18,7 @@ from andesvl_jax.data import tasks_page, tasks_print
 from andesvl_jax.data.corpus import corpus, train_tokenizer
 from andesvl_jax.data.mixture import Mixture
 from andesvl_jax.decoding.api import stream
-from andesvl_jax.decoding.generate import visual_tokens
+from andesvl_jax.decoding.state import visual_tokens
 from andesvl_jax.evaluation.benchmarks import NANO_TARGETS, VALIDATION_SEED, Item, nano_validation
 from andesvl_jax.evaluation.evaluate import TaskResult, answers, as_json, evaluate, prompt_of
 from andesvl_jax.evaluation.report import cards, loss_curve, results_table, write_report

@@ -17,12 +17,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file, however it is run
 import timing
 
+from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.checkpoints.names import entries
 from andesvl_jax.config import AndesVLConfig
-from andesvl_jax.decoding.generate import DecodingState, new_tokens_of, prefill
-from andesvl_jax.decoding.generate import run as generate
 from andesvl_jax.decoding.sampling import sampling_options
-from andesvl_jax.inputs.packing import assemble_prompts, make_sample
+from andesvl_jax.decoding.session import Session
+from andesvl_jax.decoding.state import prefill
+from andesvl_jax.inputs.image import ImageProcessor
+from andesvl_jax.inputs.packing import make_sample
 from andesvl_jax.kernels import cpu
 from andesvl_jax.model.andesvl import AndesVL, describe
 from andesvl_jax.weights import Streamed, is_param, path_name
@@ -73,8 +75,8 @@ def _prefill_rows(peer, model, params: AndesVL, config: AndesVLConfig, dtype: st
     text_only = np.full_like(tokens, -1)
 
     def ours() -> np.ndarray:
-        last, cache = jax.block_until_ready(prefill(params, config, tokens, positions, None, text_only))
-        return np.asarray(last)
+        state = jax.block_until_ready(prefill(params, config, tokens, positions, None, text_only))
+        return np.asarray(state.last)
 
     theirs = functools.partial(peer.prefill, model, tokens)
     threads = timing.fastest_threads(peer.torch.set_num_threads, theirs)
@@ -128,15 +130,17 @@ def _decode_rows(peer, weights, config: AndesVLConfig, tokens, steps: int, runs:
 
 def _our_side(params: AndesVL, config: AndesVLConfig, tokens, steps: int, answers: dict, key) -> Callable[[], float]:
     sample = make_sample(tokens[0], np.zeros(tokens.size, bool), (), -1)
-    batch = assemble_prompts([sample], config.vision.patch_features)
+    bundle = Bundle(config, params, None, ImageProcessor(patch_size=config.vision.patch_size))
 
     def side() -> float:
-        states = generate(params, config, batch, sampling_options(1), 2 * steps, chunk=steps)
-        jax.block_until_ready(next(states))
+        session = Session(bundle)
+        session.extend([sample])
+        chunks = session.generate(sampling_options(1), 2 * steps, chunk=steps)
+        next(chunks)
         began = time.perf_counter()
-        state: DecodingState = jax.block_until_ready(next(states))
+        ids = next(chunks)
         spent = time.perf_counter() - began
-        answers[key] = new_tokens_of(state)[0].tolist()
+        answers[key] = ids[0].tolist()
         return spent
 
     return side

@@ -124,9 +124,9 @@ def measure(directory: str, dtype: str, side: int, steps: int) -> dict[str, Any]
 
     import andesvl_jax as avl
     from andesvl_jax.decoding.api import prompt_sample
-    from andesvl_jax.decoding.generate import prefill, visual_tokens
-    from andesvl_jax.decoding.generate import run as generate
     from andesvl_jax.decoding.sampling import sampling_options
+    from andesvl_jax.decoding.session import Session
+    from andesvl_jax.decoding.state import prefill, visual_tokens
     from andesvl_jax.inputs.image import prepare_image
     from andesvl_jax.inputs.packing import assemble_prompts
 
@@ -155,9 +155,11 @@ def measure(directory: str, dtype: str, side: int, steps: int) -> dict[str, Any]
     visual = encode()
     encode_s, prefill_s = timing.seconds(encode), timing.seconds(lambda: read(visual))
     peak_prefill = peak_bytes()
-    states = generate(params, config, batch, sampling_options(1), 2 * steps, chunk=steps)
-    jax.block_until_ready(next(states))
-    decode_s = timing.seconds(lambda: jax.block_until_ready(next(states)))
+    session = Session(bundle)
+    session.extend([sample])
+    chunks = session.generate(sampling_options(1), 2 * steps, chunk=steps)
+    next(chunks)
+    decode_s = timing.seconds(lambda: next(chunks))
     return {
         "load_s": load_s, "peak_before": peak_before, "peak_load": peak_load, "peak_prefill": peak_prefill,
         "peak": peak_bytes(), "cold_s": cold_s, "params_bytes": params_bytes, "visual_tokens": picture.visual_tokens,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from andesvl_jax.decoding import generate
+from andesvl_jax.decoding import state as session_state
 from andesvl_jax.inputs import chat, image, packing
 from andesvl_jax.model import andesvl, attention, decoder, layers, position_table, projector, vision
 from andesvl_jax.model.attention import Place
@@ -462,17 +462,17 @@ def _(original, messages, tokenizer, *rest, **options):
 # ---- decoding with a cache
 
 
-@wrap("the cache's next position is one late", generate.cache_from, "greedy", only=generate)
+@wrap("the cache's next position is one late", session_state.cache_from, "greedy", only=session_state)
 def _(original, *args):
     cache = original(*args)
     return cache.replace(length=cache.length + 1)
 
 
-@wrap("padding of the prompt stays visible in the cache", generate.cache_from, "greedy", only=generate)
+@wrap("padding of the prompt stays visible in the cache", session_state.cache_from, "greedy", only=session_state)
 def _(original, new_kv, positions, *rest):
     return original(new_kv, jnp.maximum(positions, 0), *rest)
 
 
-@wrap("a generated token is embedded one id off", generate.embed_tokens, "greedy", only=generate)
+@wrap("a generated token is embedded one id off", session_state.embed_tokens, "greedy", only=session_state)
 def _(original, params, config, tokens):
     return original(params, config, tokens - 1)

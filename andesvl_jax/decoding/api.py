@@ -6,14 +6,13 @@ from typing import Any, Iterator, Mapping, Sequence
 import numpy as np
 
 from andesvl_jax.cache.eviction import Eviction
-from andesvl_jax.cache.kv import cache_bytes
 from andesvl_jax.checkpoints.bundle import Bundle
-from andesvl_jax.decoding.generate import new_tokens_of, run
 from andesvl_jax.decoding.sampling import sampling_options
+from andesvl_jax.decoding.session import Session
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.chat import Message, images_of, render_prompt, without_marks
 from andesvl_jax.inputs.image import ImageSource, Patches, prepare_image
-from andesvl_jax.inputs.packing import Sample, assemble_prompts, make_sample
+from andesvl_jax.inputs.packing import Sample, make_sample
 
 # name -> kinds of number, what every row's value must be, in code and in words
 SAMPLING_OPTIONS = {
@@ -52,14 +51,24 @@ def prompt_sample(bundle: Bundle, ids: Sequence[int], images: Sequence[ImageSour
 
 
 def stream(
-    bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int, temperature=0.0, stop_ids: Sequence[int] | None = None,
-    kv_policy: str | None = None, kv_budget: float | int = 0.5, chunk: int | None = None, **options: Any,
-) -> Iterator[Answer]:  # fmt: skip
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    temperature=0.0,
+    stop_ids: Sequence[int] | None = None,
+    kv_policy: str | None = None,
+    kv_budget: float | int = 0.5,
+    chunk: int | None = None,
+    session: Session | None = None,
+    **options: Any,
+) -> Iterator[Answer]:
     """Generates for a batch of prompts; yields what stands after every `chunk` tokens. Options as in `generate`.
 
     A sampling option is one number for all rows or one per row; a single seed s gives row b the seed s + b. What a row
     generates depends on nothing but the row: neither padding nor the other rows change it.
 
+    Args:
+      session: of one row, whose cache serves what the prompt shares with it; it then holds the prompt and the answer.
     Raises:
       UserError: an option that is unknown or out of range, or a prompt beyond the model's positions.
     """
@@ -78,11 +87,25 @@ def stream(
             f"{config.text.max_position_embeddings} together (max_position_embeddings)."
         )
     eviction = None if kv_policy is None else Eviction(kv_policy, kv_budget)
-    batch = assemble_prompts(samples, config.vision.patch_features)
     sampling = sampling_options(len(samples), **options)
     stops = bundle.stop_ids if stop_ids is None else tuple(stop_ids)
-    for state in run(bundle.decoding_params, bundle.decoding_config, batch, sampling, max_new_tokens, stops, eviction, chunk):
-        yield Answer(new_tokens_of(state), cache_bytes(state.cache), state.cache.slots)
+    if session is None:
+        session = Session(bundle, observe=0 if eviction is None else eviction.window)
+        session.extend(samples)
+    else:
+        _follow(session, bundle, samples)
+    if eviction is not None:
+        session.evict(eviction)
+    for ids in session.generate(sampling, max_new_tokens, stops, chunk):
+        yield Answer(ids, session.kv_bytes, session.kv_slots)
+
+
+def _follow(session: Session, bundle: Bundle, samples: Sequence[Sample]) -> None:
+    if session.bundle is not bundle:
+        raise UserError("session: found one of another model, expected Session(bundle) of the model that is asked.")
+    if len(samples) != 1:
+        raise UserError(f"session: found {len(samples)} conversations, expected one.")
+    session.follow(samples[0])
 
 
 def _configured_sampling(bundle: Bundle) -> dict[str, Any]:
@@ -126,7 +149,7 @@ def generate(
       temperature: 0 is greedy; None takes temperature, top_k, top_p and repetition_penalty from the checkpoint's
         generation_config.json, where decoding_options do not give them.
       stop_ids: None takes the generation config's, () never stops; the stop id is returned.
-      decoding_options: kv_policy, kv_budget, seed, top_k, top_p, repetition_penalty, presence_penalty.
+      decoding_options: kv_policy, kv_budget, seed, top_k, top_p, repetition_penalty, presence_penalty, session.
     """
     sample = prompt_sample(bundle, input_ids, images)
     *_, answer = stream(bundle, [sample], max_new_tokens, temperature, stop_ids, **decoding_options)
@@ -162,7 +185,8 @@ def chat(
       thinking: starts the answer with `<think>` and returns it in front; `inputs.chat.parse_thinking` takes it apart.
       images: pictures for the `<image>` marks of string contents, in order (for several conversations one list each); without
         any, an `<image>` in a string is text like any other.
-      decoding_options: as in `generate`; sampling options may be one number per conversation.
+      decoding_options: as in `generate`; sampling options may be one number per conversation. With session=Session(bundle) the
+        next call costs only what is new in its messages.
     Raises:
       UserError: a malformed message, an unusable picture, or as `generate` does; in a batch it names the conversation.
     """

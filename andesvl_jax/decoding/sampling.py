@@ -1,4 +1,4 @@
-"""From logits to the next token. B batch rows, V vocabulary."""
+"""From logits to the next token. B batch rows, V vocabulary; a draft tree has an axis of nodes between the two."""
 
 import jax
 import jax.numpy as jnp
@@ -36,38 +36,56 @@ def sampling_options(
 
 
 def penalize(logits, options: SamplingOptions, in_prompt, in_answer) -> jax.Array:
-    """logits float32 [B, V] with penalties; in_prompt, in_answer: bool [B, V], tokens that occurred."""
-    penalty = options.repetition_penalty[:, None]
+    """logits float32 [B, ..., V] with penalties.
+
+    Args:
+      in_prompt, in_answer: bool [B, ..., V], tokens that occurred; of a draft node also those on its own path.
+    """
+    penalty = _for_each(options.repetition_penalty, logits)
     repeated = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(in_prompt | in_answer, repeated, logits)
-    return logits - options.presence_penalty[:, None] * in_answer
+    return logits - _for_each(options.presence_penalty, logits) * in_answer
 
 
 def filter_logits(logits, options: SamplingOptions) -> jax.Array:
-    """Temperature, then top-k, then top-p, as `transformers` orders them; excluded tokens become -inf. float32 [B, V]."""
+    """float32 [B, ..., V] after temperature, then top-k, then top-p, as `transformers` orders them; excluded tokens are -inf."""
     vocabulary = logits.shape[-1]
-    logits = logits / jnp.where(options.temperature > 0, options.temperature, 1.0)[:, None]
-    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-    k = jnp.where(options.top_k > 0, jnp.minimum(options.top_k, vocabulary), vocabulary)
-    ordered = jnp.where(jnp.arange(vocabulary) < k[:, None], ordered, -jnp.inf)
+    temperature = _for_each(options.temperature, logits)
+    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), -1)
+    top_k = _for_each(options.top_k, logits)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
+    ordered = jnp.where(jnp.arange(vocabulary) < k, ordered, -jnp.inf)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    top_p = options.top_p[:, None]
-    kept = ((before < top_p) | (top_p >= 1)).at[:, 0].set(True) & jnp.isfinite(ordered)  # rounding may bring `before` to 1
-    floor = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= floor, logits, -jnp.inf)
+    top_p = _for_each(options.top_p, logits)
+    within = ((before < top_p) | (top_p >= 1)).at[..., 0].set(True)  # rounding may bring `before` to 1
+    lowest = jnp.min(jnp.where(within & jnp.isfinite(ordered), ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
 def sample(logits, options: SamplingOptions, positions) -> jax.Array:
-    """int32 [B] next tokens. The noise of a row depends on its seed and the token's position [B] alone, so the same
-    position draws the same noise whatever path led to it (speculative decoding relies on this)."""
+    """int32 [B, ...] next tokens of logits float32 [B, ..., V].
+
+    The noise depends on the row's seed and the token's position, int32 [B, ...], alone: whatever path leads to a position draws
+    the same noise, so that a draft tree is verified against the very tokens of plain decoding.
+    """
     greedy = jnp.argmax(logits, axis=-1)
 
     def draw(_):
-        noise = jax.vmap(
-            lambda seed, position: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), logits.shape[-1:])
-        )(options.seeds, positions)
-        return jnp.argmax(filter_logits(logits, options) + noise, axis=-1)
+        keys = jax.vmap(jax.random.key)(options.seeds)
+        rows = positions.reshape(len(positions), -1)
+        noise = jax.vmap(lambda key, row: jax.vmap(lambda at: _noise(key, at, logits.shape[-1]))(row))(keys, rows)
+        return jnp.argmax(filter_logits(logits, options) + noise.reshape(logits.shape), axis=-1)
 
     drawn = jax.lax.cond(jnp.any(options.temperature > 0), draw, lambda _: greedy, None)
-    return jnp.where(options.temperature > 0, drawn, greedy).astype(jnp.int32)
+    return jnp.where(_for_each(options.temperature, greedy) > 0, drawn, greedy).astype(jnp.int32)
+
+
+def _noise(key: jax.Array, position: jax.Array, vocabulary: int) -> jax.Array:
+    return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary,))
+
+
+def _for_each(option: jax.Array, x: jax.Array) -> jax.Array:
+    """An option [B] in the number of dimensions of x [B, ...]."""
+    return option.reshape(-1, *[1] * (x.ndim - 1))

@@ -164,15 +164,15 @@ def test_both_sides_compute_the_same_loss_and_gradient(module, tied):
 @needs_peer
 def test_both_sides_decode_the_same(module):
     peer = module("peer")
-    from andesvl_jax.decoding.generate import prefill
+    from andesvl_jax.decoding.state import prefill
 
     config = tiny_config()
     params = tiny_params(config)
     tokens = np.arange(1, 9, dtype=np.int32)[None]
     model = peer.build_decoder(config.text, params_to_hf(params, config))
     last, cache = peer.prefill(model, tokens)
-    expected, _ = prefill(params, config, tokens, np.arange(8)[None], None, jnp.full_like(tokens, -1))
-    assert max_relative(last.numpy(), expected) < 1e-5
+    state = prefill(params, config, tokens, np.arange(8)[None], None, jnp.full_like(tokens, -1))
+    assert max_relative(last.numpy(), state.last) < 1e-5
     made, _ = peer.decode(model, last, cache, 3)
     assert len(made) == 3 and cache.get_seq_length() == 11
 

@@ -11,8 +11,11 @@ from tiny import max_relative, random_sample, tiny_batch, tiny_config, tiny_para
 
 from andesvl_jax.cache.eviction import POLICIES, Eviction
 from andesvl_jax.cache.kv import cache_bytes
-from andesvl_jax.decoding.generate import decode_until, new_tokens_of, prefill, run
+from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.decoding.sampling import sampling_options
+from andesvl_jax.decoding.session import Session
+from andesvl_jax.decoding.state import decode_until, evict, prefill
+from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import assemble_prompts
 from andesvl_jax.model.attention import Place
 from andesvl_jax.model.decoder import decode, embed_tokens, logits
@@ -25,6 +28,11 @@ def params():
     return tiny_params(CONFIG)
 
 
+@functools.cache
+def bundle() -> Bundle:
+    return Bundle(CONFIG, params(), None, ImageProcessor(patch_size=2))
+
+
 def prompts(*lengths: int):
     rng = np.random.default_rng(5)
     samples = [random_sample(CONFIG, rng, (), text=n) for n in lengths]
@@ -33,13 +41,20 @@ def prompts(*lengths: int):
 
 def prefilled(samples, eviction: Eviction | None):
     batch = assemble_prompts(samples, CONFIG.vision.patch_features)
-    return prefill(params(), CONFIG, batch.tokens, batch.positions, None, batch.visual_index, eviction)
+    observe = 0 if eviction is None else eviction.window
+    state = prefill(params(), CONFIG, batch.tokens, batch.positions, None, batch.visual_index, observe)
+    if eviction is not None:
+        state = evict(params(), CONFIG, state, eviction)
+    return state.last, state.cache
 
 
 def generated(samples, eviction: Eviction | None, new_tokens: int = 12):
-    batch = assemble_prompts(samples, CONFIG.vision.patch_features)
-    *_, state = run(params(), CONFIG, batch, sampling_options(len(samples)), new_tokens, eviction=eviction)
-    return new_tokens_of(state), np.asarray(state.last), state.cache.slots
+    session = Session(bundle(), observe=0 if eviction is None else eviction.window)
+    session.extend(samples)
+    if eviction is not None:
+        session.evict(eviction)
+    *_, ids = session.generate(sampling_options(len(samples)), new_tokens)
+    return ids, np.asarray(session.state.last), session.kv_slots
 
 
 @jax.jit

@@ -11,8 +11,8 @@ from tiny import max_relative, tiny_config, tiny_params
 
 from andesvl_jax.cache.kv import append, cache_bytes, cache_from, empty_cache, free_slots, grow, select, truncate
 from andesvl_jax.cache.store import KINDS
-from andesvl_jax.decoding import generate
 from andesvl_jax.decoding.sampling import sampling_options
+from andesvl_jax.decoding.state import SessionState, decode_until
 from andesvl_jax.errors import UserError
 from andesvl_jax.kernels import cpu
 from andesvl_jax.model.andesvl import for_decoding, unstack_layers
@@ -175,9 +175,11 @@ def test_the_decoding_loop_does_not_copy_the_cache(loop, dtype, kind):
     if loop == "unroll":
         params, config = for_decoding(params, config)
     cache = empty_cache(config.text, 2, 4096, dtype, kind)
-    tokens = jnp.zeros((2, 4), jnp.int32)
-    state = jax.eval_shape(lambda: generate.start(jnp.zeros((2, 64)), cache, tokens, tokens, 16, True))
+    seen, count = jnp.zeros((2, 64), bool), jnp.zeros(2, jnp.int32)
+    cache = grow(cache, 16).replace(compiled=True)
+    state = SessionState(cache, count, jnp.zeros((2, 64)), seen, seen, jnp.zeros((2, 16), jnp.int32), count, count > 0, None)
+    state = jax.eval_shape(lambda: state)
     arguments = (params, config, state, sampling_options(2), jnp.array([-1]), jnp.int32(5))
-    memory = generate.decode_until.lower(*arguments).compile().memory_analysis()
+    memory = decode_until.lower(*arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes(state.cache)
     assert memory.temp_size_in_bytes <= 0.02 * cache_bytes(state.cache)

@@ -99,7 +99,9 @@ def test_append_run_equals_append_and_a_first_prefill(kind):
 
 def test_select_truncate_and_append_undo_each_other():
     cache = cache_from(random_kv(0, 7), positions_of(0, 7), jnp.full((B, 7), PICTURE, jnp.int8))
-    longer = append(grow(cache, 4), random_kv(1, 4), jnp.array([[10, 8, 7, 9]] * B), positions_of(7, 4), jnp.zeros((B, 4), jnp.int8))
+    longer = append(
+        grow(cache, 4), random_kv(1, 4), jnp.array([[10, 8, 7, 9]] * B), positions_of(7, 4), jnp.zeros((B, 4), jnp.int8)
+    )
     back = truncate(longer, jnp.array([7, 7]))
     assert contents(back) == contents(cache) and back.length.tolist() == [7, 7] and free(back).tolist() == [4, 4]
     uneven = truncate(longer, jnp.array([9, 3]))

@@ -16,7 +16,7 @@ from tiny import tiny_config
 
 import andesvl_jax as avl
 from andesvl_jax.config import CONFIGS, AndesVLConfig
-from andesvl_jax.decoding.generate import prefill
+from andesvl_jax.decoding.state import prefill
 from andesvl_jax.inputs.image import patchify
 from andesvl_jax.model.vision import embed_patches, encode
 
@@ -90,7 +90,7 @@ def check_text(directory: Path, vocabulary: int, length: int, absolute: float) -
     del model
     bundle = avl.load(directory)
     tokens, positions = ids[None].astype(np.int32), np.arange(length, dtype=np.int32)[None]
-    last, _ = prefill(bundle.decoding_params, bundle.decoding_config, tokens, positions, None, jnp.full_like(tokens, -1))
+    last = prefill(bundle.decoding_params, bundle.decoding_config, tokens, positions, None, jnp.full_like(tokens, -1)).last
     assert np.abs(expected).max() > 0.5
     assert np.abs(np.asarray(last[0]) - expected).max() < absolute
     np.testing.assert_array_equal(avl.generate(bundle, ids, max_new_tokens=16, stop_ids=()), greedy)

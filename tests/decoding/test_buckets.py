@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from tiny import IMAGE_TOKEN, tiny_config, tiny_params
 
-from andesvl_jax.decoding.generate import visual_tokens
+from andesvl_jax.decoding.state import visual_tokens
 from andesvl_jax.inputs.image import ImageProcessor, Patches, plan_size
 from andesvl_jax.inputs.packing import assemble_prompts, bucket, make_sample
 

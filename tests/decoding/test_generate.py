@@ -9,10 +9,9 @@ from tiny import IMAGE_TOKEN, tiny_config, tiny_params
 import andesvl_jax as avl
 from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.decoding.api import prompt_sample, stream
-from andesvl_jax.decoding.generate import run
 from andesvl_jax.decoding.sampling import sampling_options
+from andesvl_jax.decoding.session import Session
 from andesvl_jax.inputs.image import ImageProcessor
-from andesvl_jax.inputs.packing import assemble_prompts
 
 CONFIG = tiny_config(vision={"full_attention_layers": (1,)}, text={"tie_word_embeddings": False})
 
@@ -92,13 +91,15 @@ def test_streaming_gives_the_tokens_of_one_run():
 
 def test_a_decoding_step_gives_its_buffers_to_the_next():
     sample = prompt_sample(bundle(), *prompt(*PROMPTS[0]))
-    batch = assemble_prompts([sample], CONFIG.vision.patch_features)
-    states = run(bundle().decoding_params, bundle().decoding_config, batch, sampling_options(1), 11, chunk=3)
-    first = next(states)
-    old = first.cache.keys, first.cache.values, first.cache.positions, first.tokens, first.last
-    second = next(states)
+    session = Session(bundle())
+    session.extend([sample])
+    answers = session.generate(sampling_options(1), 11, chunk=3)
+    next(answers)
+    state = session.state
+    old = state.cache.keys, state.cache.values, state.cache.positions, state.tokens, state.last
+    assert len(next(answers)[0]) == 6
     assert all(buffer.is_deleted() for buffer in old)
-    assert second.counts.tolist() == [6] and not second.cache.keys.is_deleted()
+    assert not session.state.cache.keys.is_deleted()
 
 
 def test_repetition_penalty_and_presence_penalty_act():

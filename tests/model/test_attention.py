@@ -7,9 +7,11 @@ import pytest
 from tiny import max_relative, tiny_config, tiny_params
 
 from andesvl_jax.cache.kv import Cache
-from andesvl_jax.decoding import generate
+from andesvl_jax.checkpoints.bundle import Bundle
 from andesvl_jax.decoding.sampling import sampling_options
-from andesvl_jax.inputs.packing import ImageRow, assemble_prompts, make_sample
+from andesvl_jax.decoding.session import Session
+from andesvl_jax.inputs.image import ImageProcessor
+from andesvl_jax.inputs.packing import ImageRow, make_sample
 from andesvl_jax.kernels import cpu
 from andesvl_jax.model import attention, packed
 from andesvl_jax.model.andesvl import encode_images, for_decoding
@@ -192,12 +194,13 @@ def test_decoding_by_the_kernel_equals_decoding_without_it(weights, monkeypatch)
     config = tiny_config(text={"head_dim": 16})
     rng = np.random.default_rng(0)
     samples = [make_sample(rng.integers(0, 60, n), np.zeros(n, bool), (), -1) for n in (9, 21)]
-    batch = assemble_prompts(samples, config.vision.patch_features)
 
     def answer():
         params, unrolled = for_decoding(tiny_params(config), config, weights)
-        *_, state = generate.run(params, unrolled, batch, sampling_options(2), 12)
-        return state
+        session = Session(Bundle(unrolled, params, None, ImageProcessor(patch_size=config.vision.patch_size)))
+        session.extend(samples)
+        list(session.generate(sampling_options(2), 12))
+        return session.state
 
     compiled = answer()
     monkeypatch.setattr(cpu, "available", lambda: False)

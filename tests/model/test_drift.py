@@ -13,7 +13,7 @@ from tiny import random_sample, tiny_params
 
 import andesvl_jax as avl
 from andesvl_jax.checkpoints.hf import params_to_hf
-from andesvl_jax.decoding import generate as generate_lib
+from andesvl_jax.decoding import state as state_lib
 from andesvl_jax.inputs import chat, packing
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.model import andesvl
@@ -113,9 +113,9 @@ def patch(monkeypatch):
         return jax.jit(lambda *args: jitted.__wrapped__(*args), compiler_options=QUICK_TO_COMPILE, **options)
 
     monkeypatch.setattr(probe_lib, "_activations", anew(probe_lib._activations, static_argnums=1))
-    monkeypatch.setattr(generate_lib, "visual_tokens", anew(generate_lib.visual_tokens, static_argnums=1))
-    monkeypatch.setattr(generate_lib, "prefill", anew(generate_lib.prefill, static_argnums=(1, 6)))
-    monkeypatch.setattr(generate_lib, "decode_until", anew(generate_lib.decode_until, static_argnums=1))
+    monkeypatch.setattr(state_lib, "visual_tokens", anew(state_lib.visual_tokens, static_argnums=1))
+    monkeypatch.setattr(state_lib, "prefill", anew(state_lib.prefill, static_argnums=(1, 6)))
+    monkeypatch.setattr(state_lib, "decode_until", anew(state_lib.decode_until, static_argnums=1))
     return monkeypatch
 
 

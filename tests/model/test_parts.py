@@ -50,7 +50,7 @@ def test_parts_merged_equal_one_part(backend, heads, long, monkeypatch):
         at[0, 3] = -1  # sees nothing, like every padding query
         q, queries = jnp.asarray(3 * rng.normal(size=(B, T, n, H)), jnp.float32), Place(jnp.asarray(at))
         expected = attend(q, [concatenated(parts, k)], queries, True, "einsum", 256)
-        found = jax.jit(lambda q, parts: attend(q, parts, queries, True, *BACKENDS[backend]))(q, parts)  # noqa: B023
+        found = jax.jit(lambda q, parts: attend(q, parts, queries, True, *BACKENDS[backend]))(q, parts)
         there = np.ones((B, T, 1, 1), bool)
         if long:
             there[0, 3] = False  # a mean over padded blocks
