@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from tiny import max_relative, tiny_config, tiny_params
 
-from andesvl_jax.cache.kv import append, cache_bytes, cache_from, empty_cache, free_slots, grow, select, truncate
+from andesvl_jax.cache.kv import (
+    append,
+    cache_bytes,
+    cache_from,
+    empty_cache,
+    free_slots,
+    grow,
+    select,
+    truncate,
+)
 from andesvl_jax.cache.store import KINDS
 from andesvl_jax.decoding import generate
 from andesvl_jax.decoding.sampling import sampling_options
@@ -109,7 +118,10 @@ def test_layers_with_different_slots_equal_a_masked_big_cache(way):
 def test_a_tree_verified_at_once_equals_each_path_alone(way):
     """Nodes: 0 -> (1 -> (3, 4), 2 -> 5); the accepted path is appended, the rest dropped."""
     loop, cache = way[0], grow(prompt_cache(*way), 6)
-    parents, tokens = [-1, 0, 0, 1, 1, 2], jnp.array([[5, 6, 7, 8, 9, 10], [20, 21, 22, 23, 24, 25]], jnp.int32)
+    parents, tokens = (
+        [-1, 0, 0, 1, 1, 2],
+        jnp.array([[5, 6, 7, 8, 9, 10], [20, 21, 22, 23, 24, 25]], jnp.int32),
+    )
     paths = []
     for node in range(6):
         path = [node]
@@ -136,12 +148,16 @@ def test_a_tree_verified_at_once_equals_each_path_alone(way):
         assert max_relative(after.hidden[row, 0], alone.hidden[row, -1]) <= TOLERANCE
     back = truncate(cache, jnp.asarray(LENGTHS))
     np.testing.assert_array_equal(
-        run(loop, NEXT, next_positions(3), back).hidden, run(loop, NEXT, next_positions(3), grow(prompt_cache(*way), 6)).hidden
+        run(loop, NEXT, next_positions(3), back).hidden,
+        run(loop, NEXT, next_positions(3), grow(prompt_cache(*way), 6)).hidden,
     )
 
 
 def queries_and_more(values):
-    return values.queries, {"norm": jnp.linalg.norm(values.hidden, axis=-1), "input": values.attention_input[:, -1]}
+    return values.queries, {
+        "norm": jnp.linalg.norm(values.hidden, axis=-1),
+        "input": values.attention_input[:, -1],
+    }
 
 
 def test_a_tap_sees_every_layer_alike_in_both_loops():
@@ -159,8 +175,16 @@ def test_the_form_of_the_layers_must_be_the_configs():
     x = jnp.zeros((1, 2, 24))
     with pytest.raises(UserError, match="layer_loop is 'scan', which takes stacked layers; found a tuple of layers"):
         decode(params.decoder, CONFIG, x, Place(jnp.arange(2)[None]))
-    with pytest.raises(UserError, match="layer_loop is 'unroll', which takes a tuple of layers; found stacked layers"):
-        decode(tiny_params(CONFIG).decoder, CONFIG.replace(layer_loop="unroll"), x, Place(jnp.arange(2)[None]))
+    with pytest.raises(
+        UserError,
+        match="layer_loop is 'unroll', which takes a tuple of layers; found stacked layers",
+    ):
+        decode(
+            tiny_params(CONFIG).decoder,
+            CONFIG.replace(layer_loop="unroll"),
+            x,
+            Place(jnp.arange(2)[None]),
+        )
 
 
 LOOPS = [(dtype, kind) for dtype, kind in itertools.product(("float32", "bfloat16"), KINDS)]

@@ -12,7 +12,6 @@ from andesvl_jax.kernels import cpu
 needs_kernel = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
 
 
-
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """`cpu.available` as in a new process, with an empty cache."""
