@@ -23,8 +23,10 @@ from andesvl_jax.decoding.sampling import sampling_options
 from andesvl_jax.errors import UserError
 from andesvl_jax.kernels import cpu
 from andesvl_jax.model.andesvl import for_decoding, unstack_layers
-from andesvl_jax.model.attention import Place
-from andesvl_jax.model.decoder import decode, embed_tokens
+from andesvl_jax.model.attention import Place, cache_part
+from andesvl_jax.model.decoder import decode, decoder_layer, embed_tokens, text_rotation
+from andesvl_jax.model.layers import rms_norm
+from andesvl_jax.model.vision import encode, encoder_layer, patch_rotation
 
 CONFIG = tiny_config(text={"head_dim": 16, "num_layers": 3})
 LENGTHS = np.array([14, 9])
@@ -166,6 +168,58 @@ def test_a_tap_sees_every_layer_alike_in_both_loops():
         assert max_relative(found, expected) <= TOLERANCE
     new_kv = run("scan", NEXT, next_positions(3)).new_kv
     assert new_kv.keys.shape == new_kv.values.shape == (3, 2, 2, 3, 16)
+
+
+def test_layers_called_one_by_one_equal_the_decoder_and_the_encoder():
+    params, config = network("unroll")
+    cache, at = prompt_cache("unroll", "float", False), next_positions(3)
+    x, rotary = embed_tokens(params.decoder, config, NEXT), text_rotation(config.text, at)
+    for i, layer in enumerate(params.decoder.layers):
+        values = decoder_layer(layer, config, x, Place(at), rotary, [cache_part(cache, i)])
+        x = values.hidden
+    found = rms_norm(x, params.decoder.norm, config.text.norm_eps)
+    assert max_relative(found, run("unroll", NEXT, at, cache).hidden) <= TOLERANCE
+
+    rng = np.random.default_rng(0)
+    patches = jnp.asarray(rng.normal(size=(1, 8, 16)), jnp.float32)
+    coordinates = jnp.asarray(np.indices((2, 4)).reshape(2, 8).T[None], jnp.int32)
+    segments = jnp.zeros((1, 8), jnp.int32)
+    y, place = patches, Place(segments, segments)
+    for layer in params.vision.layers:
+        y = encoder_layer(layer, config, y, place, patch_rotation(config.vision, coordinates))
+    expected = encode(params.vision, config, patches, coordinates, segments)
+    found = rms_norm(y, params.vision.norm, config.vision.norm_eps)
+    assert max_relative(found, expected) <= TOLERANCE
+
+
+def test_rows_of_a_decoding_loop_stand_at_their_own_counts_and_slots():
+    """A row that is three tokens ahead, its slots in another order, ends with the tokens that it has alone."""
+    params, config = network("scan")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 14)), jnp.int32)
+    positions = jnp.where(jnp.arange(14) < LENGTHS[:, None], jnp.arange(14), -1).astype(jnp.int32)
+    options, never = sampling_options(2), jnp.array([-1])
+    last, cache = generate.prefill(params, config, tokens, positions, None, jnp.full_like(tokens, -1))
+
+    def start():
+        return generate.start(last, cache, tokens, positions, 16)
+
+    whole = np.asarray(generate.decode_until(params, config, start(), options, never, 8).tokens)
+    ahead = generate.decode_until(params, config, start(), options, never, 3)
+    behind = start()
+    rows = jnp.array([True, False])
+
+    def mixed(ahead, behind):
+        return jnp.where(rows.reshape(-1, *[1] * (ahead.ndim - 1)), ahead, behind)
+
+    state = jax.tree.map(mixed, ahead.replace(cache=None), behind.replace(cache=None))
+    index = jnp.where(rows[:, None], jnp.arange(29, -1, -1), jnp.arange(30))[:, None].repeat(2, 1)
+    both = truncate(ahead.cache, jnp.array([17, LENGTHS[1]]))  # the second row has nothing new
+    next_slot = jnp.where(rows, 0, state.next_slot)  # the first row is reversed: its empty slots come first
+    state = state.replace(cache=select(both, index), next_slot=next_slot)
+    assert state.counts.tolist() == [3, 0]
+    state = generate.decode_until(params, config, state, options, never, 8)
+    np.testing.assert_array_equal(state.tokens, whole)
+    assert state.counts.tolist() == [8, 8] and state.next_slot.tolist() == [5, 14 + 8]
 
 
 def test_the_form_of_the_layers_must_be_the_configs():
