@@ -13,7 +13,7 @@ from flax import struct
 
 from andesvl_jax.cache.kv import Cache, KeyValues, RaggedCache
 from andesvl_jax.config import AndesVLConfig, TextConfig
-from andesvl_jax.model.attention import CachePart, Part, Place, attend, cache_part
+from andesvl_jax.model.attention import CachePart, Part, Place, attend, cache_part, read_by_kernel
 from andesvl_jax.model.layers import inverse_frequencies, layer_loop, rms_norm, rotate, rotation
 from andesvl_jax.weights import Leaf, Param, dot, embed, unembed
 
@@ -177,7 +177,8 @@ def decode(
         raise ValueError("config field layer_loop is 'scan', expected 'unroll' for layers with different numbers of slots.")
     rotary = text_rotation(config.text, place.positions)
     # unrolled, XLA would cut every layer out of the cache at once: 78 ms a step for 45 at 8,192 slots
-    in_turn = isinstance(cache, Cache) and config.layer_loop == "unroll" and not cache.compiled
+    in_turn = isinstance(cache, Cache) and config.layer_loop == "unroll"
+    in_turn = in_turn and not read_by_kernel(cache, x.shape[1], config.text.head_dim)
 
     def body(x, layer: DecoderLayer, index):
         if in_turn:
