@@ -5,6 +5,7 @@ layer, row and head. Every function returns a new cache; nothing else writes one
 L layers, B batch rows, K kv heads, C cache slots, T tokens, H head width.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,8 +139,11 @@ def append(
     slots = jnp.broadcast_to(slots, (*slots.shape[:-3], rows, heads, tokens))
     if new_kv.after_reads is not None:
         slots = slots + new_kv.after_reads[:, None, None]
-    write = _write_compiled if cache.compiled else _write
-    changed = _written(cache, new_kv, positions, modality, lambda x, rows: write(x, rows, slots))
+    if cache.compiled:
+        slots = jnp.broadcast_to(slots, new_kv.keys.shape[:-1])
+        changed = _written(cache, new_kv, positions, modality, lambda x, rows: cpu.write_slots(x, rows, slots))
+    else:
+        changed = _written(cache, new_kv, positions, modality, functools.partial(_write_all, slots=slots))
     written = (slots >= 0) & (slots < cache.slots)
     stored = jnp.where(written.reshape(-1, rows, heads, tokens).any((0, 2)), positions, -1)
     length = jnp.maximum(cache.length, stored.max(axis=1, initial=-1) + 1)
@@ -156,8 +160,8 @@ def append_run(cache: Cache, new_kv: KeyValues, start: jax.Array, positions: jax
     if new_kv.after_reads is not None:
         start = start + new_kv.after_reads.sum()
 
-    def write(x, rows):
-        return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 3)
+    def write(arrays, rows):
+        return [jax.lax.dynamic_update_slice_in_dim(x, new, start, 3) for x, new in zip(arrays, rows, strict=True)]
 
     changed = _written(cache, new_kv, positions, modality, write)
     return changed.replace(length=jnp.maximum(cache.length, positions.max(axis=1) + 1))
@@ -253,11 +257,11 @@ def _of_slots(new_kv: KeyValues, positions, modality) -> tuple[jax.Array, jax.Ar
 
 
 def _written(cache: Cache, new_kv: KeyValues, positions, modality, write: Callable) -> Cache:
-    """The cache with write(array, rows) for each of its arrays, its length as it was."""
-    old = cache.keys, cache.values, cache.positions, cache.modality
+    """The cache with write(arrays, rows) for its arrays, its length as it was."""
+    old, tree = jax.tree.flatten((cache.keys, cache.values, cache.positions, cache.modality))
     rows = encode_like(cache.keys, new_kv.keys), encode_like(cache.values, new_kv.values)
-    new = *rows, *_of_slots(new_kv, positions, modality)
-    keys, values, places, kinds = jax.tree.map(write, old, new)
+    new = jax.tree.leaves((*rows, *_of_slots(new_kv, positions, modality)))
+    keys, values, places, kinds = tree.unflatten(write(old, new))
     return cache.replace(keys=keys, values=values, positions=places, modality=kinds)
 
 
@@ -279,8 +283,8 @@ def _write(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     return out if words is x else jax.lax.bitcast_convert_type(out, x.dtype)
 
 
-def _write_compiled(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    return cpu.write_slots(x, rows, jnp.broadcast_to(slots, rows.shape[:4]))
+def _write_all(arrays: list[jax.Array], rows: list[jax.Array], slots: jax.Array) -> list[jax.Array]:
+    return [_write(x, new, slots) for x, new in zip(arrays, rows, strict=True)]
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -114,15 +114,15 @@ def few_queries(
     )
 
 
-def write_slots(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    """x [L, B, K, C, ...] with rows [L, B, K, T, ...] at slots int32 [L, B, K, T].
+def write_slots(arrays: list[jax.Array], rows: list[jax.Array], slots: jax.Array) -> list[jax.Array]:
+    """Arrays [L, B, K, C, ...] with their rows [L, B, K, T, ...] at slots int32 [L, B, K, T].
 
-    A slot outside 0..C-1 is skipped.
-
-    Writes in place where XLA owns x: donated, or carried by a loop.
+    A slot outside 0..C-1 is skipped. Writes in place where XLA owns an array: donated, or carried by
+    a loop.
     """
-    call = jax.ffi.ffi_call("andesvl_write_slots", jax.ShapeDtypeStruct(x.shape, x.dtype), input_output_aliases={0: 0})
-    return call(x, rows, slots)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    aliases = {1 + i: i for i in range(len(arrays))}
+    return jax.ffi.ffi_call("andesvl_write_slots", out, input_output_aliases=aliases)(slots, *arrays, *rows)
 
 
 def _built() -> Path:

@@ -78,4 +78,7 @@ def test_rows_are_written_into_their_slots_and_no_others(dtype):
     for at, slot in np.ndenumerate(slots):
         if 0 <= slot < 5:
             expected[(*at[:3], slot)] = -1
-    np.testing.assert_array_equal(jax.jit(cpu.write_slots)(x, rows, slots), expected)
+    marks = jnp.zeros((2, 1, 3, 5), jnp.int32)
+    found, marked = jax.jit(cpu.write_slots)([x, marks], [rows, jnp.ones_like(slots)], slots)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(marked, (expected < 0).any(-1))
