@@ -84,7 +84,7 @@ class AndesVLConfig:
     attention: Literal["auto", "splash", "chunked", "einsum"] = "auto"  # auto: splash on TPU, chunked elsewhere; einsum: T x T
     attention_chunk: int = 512  # queries per block of the chunked backend
     remat: Literal["none", "layer", "dots"] = "none"  # what the backward pass recomputes: nothing, whole layers, all but matmuls
-    layer_loop: Literal["scan", "unroll"] = "scan"  # form of the layers: stacked, or a tuple of them (`model.andesvl.unstack_layers`)
+    layer_loop: Literal["scan", "unroll"] = "scan"  # the layers are stacked, or a tuple (`unstack_layers`)
 
     def __post_init__(self):
         _check(self)

@@ -83,8 +83,8 @@ def _(original, params, *rest):
 
 
 @wrap("gate and up of the decoder swapped", decoder.decode, A)
-def _(original, params, *rest):
-    return original(_layers(params, gate=params.layers.up, up=params.layers.gate), *rest)
+def _(original, params, *rest, **options):
+    return original(_layers(params, gate=params.layers.up, up=params.layers.gate), *rest, **options)
 
 
 wrap("RMSNorm epsilon ignored", layers.rms_norm, ODD_A)(lambda original, x, weight, eps: original(x, weight, 1e-6))
@@ -103,9 +103,9 @@ def _without_last_norm(function, norm):
     def make(patch):
         module, last = sys.modules[function.__module__], []
 
-        def run(params, *rest):
+        def run(params, *rest, **options):
             last.append(params.norm)
-            return function(params, *rest)
+            return function(params, *rest, **options)
 
         swap_everywhere(patch, function, run)
         swap_everywhere(patch, norm, lambda x, w, *more: x if any(w is n for n in last) else norm(x, w, *more), module)
@@ -286,8 +286,8 @@ def _(patch):
 
 
 @wrap("no q/k norm", decoder.decode, C)
-def _(original, params, *rest):
-    return original(_layers(params, q_norm=None, k_norm=None), *rest)
+def _(original, params, *rest, **options):
+    return original(_layers(params, q_norm=None, k_norm=None), *rest, **options)
 
 
 @mutation("q/k norm behind RoPE", C)
@@ -312,8 +312,8 @@ def _(original, x, weight, eps):
 
 
 @wrap("biases of the decoder's attention dropped", decoder.decode, ODD_A)
-def _(original, params, *rest):
-    return original(_layers(params, q_bias=None, k_bias=None, v_bias=None, o_bias=None), *rest)
+def _(original, params, *rest, **options):
+    return original(_layers(params, q_bias=None, k_bias=None, v_bias=None, o_bias=None), *rest, **options)
 
 
 @wrap("biases of the encoder dropped", vision.encode, ODD_A, S)

@@ -57,7 +57,7 @@ def test_the_account_of_a_program_is_the_compilers(step):
         assert hbm["arguments"] < parameters + 600_000
     if step == "decode":  # the cache
         assert hbm["aliased"] >= 2 * CONFIG.model.text.num_layers * 4 * (48 + aot.NEW_TOKENS) * 2 * 8 * 4
-    assert 0.5 < found.flops_per_step / found.xla_flops_per_device < 1.5  # XLA's holds what is no matrix product
+    assert 0.45 < found.flops_per_step / found.xla_flops_per_device < 1.5  # XLA's holds what is no matrix product
 
 
 def test_on_fewer_bytes_it_does_not_fit_and_says_what_helps():

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "andesvl_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # part -> floor; a part may import from floors below and from its own
 FLOORS = {
-    "errors": 0, "config": 0, "kernels": 0, "weights": 1, "cache": 1, "inputs": 1, "model": 2, "data": 3, "checkpoints": 3, "decoding": 4,
-    "training": 5, "compression": 5, "evaluation": 5, "export": 5, "prepare": 5, "aot": 6, "demo": 6, "cli": 6,
+    "errors": 0, "config": 0, "kernels": 0, "weights": 1, "cache": 1, "inputs": 1, "model": 2, "data": 3, "checkpoints": 3,
+    "decoding": 4, "training": 5, "compression": 5, "evaluation": 5, "export": 5, "prepare": 5, "aot": 6, "demo": 6, "cli": 6,
 }  # fmt: skip
 
 
@@ -63,7 +63,8 @@ def test_the_ground_floor_knows_no_network(name):
 
 
 def test_kernels_import_nothing_of_the_package():
-    assert not {t for module, file in MODULES.items() if part(module) == "kernels" for t in imports(file)} - {"andesvl_jax.kernels"}
+    others = {part(t) for module, file in MODULES.items() if part(module) == "kernels" for t in imports(file)} - {"kernels"}
+    assert not others
 
 
 def test_no_imports_in_a_circle():

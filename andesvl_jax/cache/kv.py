@@ -1,11 +1,13 @@
-"""The KV cache: a pytree of stores with the position and the modality of every slot, and the functions that change it.
+"""The KV cache: stores with the position and the modality of every slot, and functions on them.
 
-Attention masks come from `positions`, so slots may hold any tokens in any order, other ones in each layer, row and head.
-Every function returns a new cache; nothing else writes one.
+Attention masks come from `positions`, so slots may hold any tokens in any order, other ones in each
+layer, row and head. Every function returns a new cache; nothing else writes one.
 L layers, B batch rows, K kv heads, C cache slots, T tokens, H head width.
 """
 
-from typing import Any, Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,8 @@ class KeyValues:
 
     Attributes:
       keys, values: [L, B, K, T, H].
-      after_reads: int32 [B], zeros that depend on every read of the cache that the tokens saw, or None. `append` adds them to
-        the slots, so that XLA orders the write behind the reads and needs no copy of the cache in between.
+      after_reads: int32 [B], zeros that depend on every read of the cache, or None. `append` adds
+        them to the slots, so that XLA orders the write behind the reads and copies no cache.
     """
 
     keys: jax.Array
@@ -42,8 +44,8 @@ class Cache:
       positions: int32 [L, B, K, C], -1 = empty.
       modality: int8 [L, B, K, C], TEXT, PICTURE or PADDING (empty).
       length: int32 [B], position of the next token of each row.
-      compiled: reads of a few queries and writes go through the C++ kernels, which have no gradient and serve one CPU
-        device.
+      compiled: reads of a few queries and writes go through the C++ kernels, which have no gradient
+        and serve one CPU device.
     """
 
     keys: Store
@@ -64,7 +66,7 @@ class Cache:
 
 @struct.dataclass
 class RaggedCache:
-    """Layers with different numbers of slots: a `Cache` with L = 1 for each. Only an unrolled decoder reads it."""
+    """Layers with different numbers of slots, each a `Cache` with L = 1, for an unrolled decoder."""
 
     parts: tuple[Cache, ...]
 
@@ -85,9 +87,15 @@ class RaggedCache:
 def empty_cache(config: TextConfig, rows: int, slots: int, dtype, kind: str = "float") -> Cache:
     """A cache that holds nothing. kind: as `encode` takes."""
     shape = (config.num_layers, rows, config.num_kv_heads, slots)
-    make = lambda: encode(kind, jnp.zeros((*shape, config.head_dim), dtype))  # noqa: E731
+    zeros = encode(kind, jnp.zeros((*shape, config.head_dim), dtype))
     nothing = jnp.full(shape, -1, jnp.int32)
-    return Cache(make(), make(), nothing, nothing.astype(jnp.int8), jnp.zeros(rows, jnp.int32))
+    return Cache(
+        zeros,
+        jax.tree.map(jnp.zeros_like, zeros),  # arrays of its own, so that both can be donated
+        nothing,
+        nothing.astype(jnp.int8),
+        jnp.zeros(rows, jnp.int32),
+    )
 
 
 def cache_from(new_kv: KeyValues, positions: jax.Array, modality: jax.Array, kind: str = "float") -> Cache:
@@ -97,69 +105,70 @@ def cache_from(new_kv: KeyValues, positions: jax.Array, modality: jax.Array, kin
       positions: int32 [B, T], -1 = padding, which leaves its slot empty.
       modality: int8 [B, T].
     """
-    shape = new_kv.keys.shape[:-1]
-    modality = jnp.where(positions >= 0, modality, PADDING).astype(jnp.int8)
-    spread = lambda x: jnp.broadcast_to(x[None, :, None], shape)  # noqa: E731
-    return Cache(
-        encode(kind, new_kv.keys),
-        encode(kind, new_kv.values),
-        spread(positions),
-        spread(modality),
-        positions.max(axis=1) + 1,
-    )
+    places = _of_slots(new_kv, positions, modality)
+    length = positions.max(axis=1) + 1
+    return Cache(encode(kind, new_kv.keys), encode(kind, new_kv.values), *places, length)
 
 
-def append(cache: Cache | RaggedCache, new_kv: KeyValues, slots: Any, positions: jax.Array, modality: jax.Array) -> Any:
+def append(
+    cache: Cache | RaggedCache,
+    new_kv: KeyValues,
+    slots: Any,
+    positions: jax.Array,
+    modality: jax.Array,
+) -> Any:
     """The cache with the tokens of `new_kv` written into `slots`; what these slots held is gone.
 
     Args:
-      slots: int32 [B, T], [B, K, T] or [L, B, K, T], for a `RaggedCache` also a tuple of [B, K, T]; -1, like any slot that the
-        cache lacks, skips the token there. No slot may occur twice in a row and head.
+      slots: int32 [B, T], [B, K, T] or [L, B, K, T], for a `RaggedCache` also a tuple of [B, K, T].
+        -1, like any slot that the cache lacks, skips the token there. No slot may occur twice in a
+        row and head.
       positions: int32 [B, T], -1 = padding, which leaves its slot empty.
       modality: int8 [B, T].
     """
     if isinstance(cache, RaggedCache):
-        return _by_layer(lambda part, kv, at: append(part, kv, at, positions, modality), cache, new_kv, _layers_of(slots, cache))
+        return _by_layer(
+            lambda part, kv, at: append(part, kv, at, positions, modality),
+            cache,
+            new_kv,
+            _layers_of(slots, cache),
+        )
     rows, heads, tokens = new_kv.keys.shape[1:4]
     if slots.ndim == 2:
         slots = slots[:, None]
     slots = jnp.broadcast_to(slots, (*slots.shape[:-3], rows, heads, tokens))
     if new_kv.after_reads is not None:
         slots = slots + new_kv.after_reads[:, None, None]
-    modality = jnp.where(positions >= 0, modality, PADDING).astype(jnp.int8)
-    spread = lambda x: jnp.broadcast_to(x[None, :, None], new_kv.keys.shape[:-1])  # noqa: E731
-    new = (
-        encode_like(cache.keys, new_kv.keys),
-        encode_like(cache.values, new_kv.values),
-        spread(positions),
-        spread(modality),
-    )
-    old = (cache.keys, cache.values, cache.positions, cache.modality)
-    write = _write_compiled if cache.compiled else _write
-    keys, values, places, kinds = jax.tree.map(lambda x, rows: write(x, rows, slots), old, new)
-    stored = jnp.where((slots.reshape(-1, rows, heads, tokens) >= 0).any((0, 2)), positions, -1)
+    if cache.compiled:
+        slots = jnp.broadcast_to(slots, new_kv.keys.shape[:-1])
+        changed = _written(cache, new_kv, positions, modality, lambda x, rows: cpu.write_slots(x, rows, slots))
+    else:
+        changed = _written(cache, new_kv, positions, modality, functools.partial(_write_all, slots=slots))
+    written = (slots >= 0) & (slots < cache.slots)
+    stored = jnp.where(written.reshape(-1, rows, heads, tokens).any((0, 2)), positions, -1)
     length = jnp.maximum(cache.length, stored.max(axis=1, initial=-1) + 1)
-    return cache.replace(keys=keys, values=values, positions=places, modality=kinds, length=length)
+    return changed.replace(length=length)
 
 
 def append_run(cache: Cache, new_kv: KeyValues, start: jax.Array, positions: jax.Array, modality: jax.Array) -> Cache:
-    """`append` into the T slots from `start`, int32 [], on, the same in every row: one dynamic slice, which exported programs need.
+    """`append` into T slots in a row: one dynamic slice for all rows, which exported programs need.
 
-    The caller keeps start + T <= C: XLA moves a slice that does not fit.
+    Args:
+      start: int32 [], the first slot. The caller keeps start + T <= C: XLA moves a slice that does
+        not fit.
     """
-    one = cache_from(new_kv, positions, modality)
-    new = encode_like(cache.keys, one.keys), encode_like(cache.values, one.values), one.positions, one.modality
-    old = cache.keys, cache.values, cache.positions, cache.modality
     if new_kv.after_reads is not None:
         start = start + new_kv.after_reads.sum()
-    write = lambda x, rows: jax.lax.dynamic_update_slice_in_dim(x, rows, start, 3)  # noqa: E731
-    keys, values, places, kinds = jax.tree.map(write, old, new)
-    length = jnp.maximum(cache.length, one.length)
-    return cache.replace(keys=keys, values=values, positions=places, modality=kinds, length=length)
+
+    def write(arrays, rows):
+        return [jax.lax.dynamic_update_slice_in_dim(x, new, start, 3) for x, new in zip(arrays, rows, strict=True)]
+
+    changed = _written(cache, new_kv, positions, modality, write)
+    return changed.replace(length=jnp.maximum(cache.length, positions.max(axis=1) + 1))
 
 
 def free_slots(cache: Cache | RaggedCache, tokens: int) -> Any:
-    """int32 [L, B, K, T] (a tuple of [B, K, T] for a `RaggedCache`): the first empty slots; -1 where too few are left."""
+    """The first empty slots, int32 [L, B, K, T] (`RaggedCache`: a tuple of [B, K, T]); -1: too few."""
     if isinstance(cache, RaggedCache):
         return tuple(free_slots(part, tokens)[0] for part in cache.parts)
     empty = cache.positions < 0
@@ -181,8 +190,8 @@ def select(cache: Cache | RaggedCache, index: Any) -> Cache | RaggedCache:
     """The cache with the slots `index` alone, in that order.
 
     Args:
-      index: int32 [B, K, C'] or [L, B, K, C'], -1 = an empty slot; or a tuple of [B, K, C'_l], one per layer, which makes a
-        `RaggedCache`.
+      index: int32 [B, K, C'] or [L, B, K, C'], -1 = an empty slot; or a tuple of [B, K, C'_l], one
+        per layer, which makes a `RaggedCache`.
     """
     if isinstance(cache, RaggedCache) or isinstance(index, tuple):
         parts = _parts_of(cache)
@@ -196,12 +205,14 @@ def select(cache: Cache | RaggedCache, index: Any) -> Cache | RaggedCache:
         taken = jnp.take_along_axis(words, kept.reshape(*kept.shape, *[1] * (x.ndim - 4)), 3)
         return taken if words is x else jax.lax.bitcast_convert_type(taken, x.dtype)
 
-    held = lambda x: jnp.where(index >= 0, gather(x), -1).astype(x.dtype)  # noqa: E731
+    def marks(x):
+        return jnp.where(index >= 0, gather(x), -1).astype(x.dtype)
+
     return cache.replace(
         keys=jax.tree.map(gather, cache.keys),
         values=jax.tree.map(gather, cache.values),
-        positions=held(cache.positions),
-        modality=held(cache.modality),
+        positions=marks(cache.positions),
+        modality=marks(cache.modality),
     )
 
 
@@ -219,15 +230,15 @@ def grow(cache: Cache | RaggedCache, slots: int) -> Cache | RaggedCache:
     if isinstance(cache, RaggedCache):
         return RaggedCache(tuple(grow(part, slots) for part in cache.parts))
 
-    def pad(fill):
-        widths = lambda x: [(0, slots if axis == 3 else 0) for axis in range(x.ndim)]  # noqa: E731
-        return lambda x: jnp.pad(x, widths(x), constant_values=fill)
+    def pad(x, fill=0):
+        widths = [(0, slots if axis == 3 else 0) for axis in range(x.ndim)]
+        return jnp.pad(x, widths, constant_values=fill)
 
     return cache.replace(
-        keys=jax.tree.map(pad(0), cache.keys),
-        values=jax.tree.map(pad(0), cache.values),
-        positions=pad(-1)(cache.positions),
-        modality=pad(PADDING)(cache.modality),
+        keys=jax.tree.map(pad, cache.keys),
+        values=jax.tree.map(pad, cache.values),
+        positions=pad(cache.positions, -1),
+        modality=pad(cache.modality, PADDING),
     )
 
 
@@ -238,10 +249,26 @@ def cache_bytes(cache: Cache | RaggedCache) -> int:
     return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
+def _of_slots(new_kv: KeyValues, positions, modality) -> tuple[jax.Array, jax.Array]:
+    """positions int32 and modality int8 [B, T] of tokens as [L, B, K, T]."""
+    modality = jnp.where(positions >= 0, modality, PADDING).astype(jnp.int8)
+    shape = new_kv.keys.shape[:-1]
+    return tuple(jnp.broadcast_to(x[None, :, None], shape) for x in (positions, modality))
+
+
+def _written(cache: Cache, new_kv: KeyValues, positions, modality, write: Callable) -> Cache:
+    """The cache with write(arrays, rows) for its arrays, its length as it was."""
+    old, tree = jax.tree.flatten((cache.keys, cache.values, cache.positions, cache.modality))
+    rows = encode_like(cache.keys, new_kv.keys), encode_like(cache.values, new_kv.values)
+    new = jax.tree.leaves((*rows, *_of_slots(new_kv, positions, modality)))
+    keys, values, places, kinds = tree.unflatten(write(old, new))
+    return cache.replace(keys=keys, values=values, positions=places, modality=kinds)
+
+
 def _write(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     """x [L, B, K, C, ...] with rows [L, B, K, T, ...] at slots [B, K, T] or [L, B, K, T]."""
-    slots = jnp.where(slots < 0, x.shape[3], slots)  # out of range: dropped, where -1 would be the last slot
-    batch = tuple(range(4 - slots.ndim, 3))  # axes that slots share with x; in front of them every index
+    slots = jnp.where(slots < 0, x.shape[3], slots)  # out of range: dropped; -1 would be the last
+    batch = tuple(range(4 - slots.ndim, 3))  # axes that slots and x share
     window = (*range(batch[0]), *range(4, x.ndim))
     axes = jax.lax.ScatterDimensionNumbers(
         update_window_dims=window,
@@ -256,12 +283,12 @@ def _write(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     return out if words is x else jax.lax.bitcast_convert_type(out, x.dtype)
 
 
-def _write_compiled(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    return cpu.write_slots(x, rows, jnp.broadcast_to(slots, rows.shape[:4]))
+def _write_all(arrays: list[jax.Array], rows: list[jax.Array], slots: jax.Array) -> list[jax.Array]:
+    return [_write(x, new, slots) for x, new in zip(arrays, rows, strict=True)]
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """16-bit floats as integers: XLA's CPU backend would widen all of a gathered or scattered array to float32."""
+    """16-bit floats as integers: XLA's CPU backend gathers and scatters them by way of float32."""
     half = x.dtype.itemsize == 2 and jnp.issubdtype(x.dtype, jnp.floating)
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if half else x
 
@@ -270,8 +297,9 @@ def _parts_of(cache: Cache | RaggedCache) -> Sequence[Cache]:
     """A `Cache` with L = 1 for each layer."""
     if isinstance(cache, RaggedCache):
         return cache.parts
-    arrays = lambda i: jax.tree.map(lambda x: x[i : i + 1], (cache.keys, cache.values, cache.positions, cache.modality))  # noqa: E731
-    return [Cache(*arrays(i), cache.length, cache.compiled) for i in range(cache.layers)]
+    arrays = cache.keys, cache.values, cache.positions, cache.modality
+    layers = [jax.tree.map(lambda x, i=i: x[i : i + 1], arrays) for i in range(cache.layers)]
+    return [Cache(*layer, cache.length, cache.compiled) for layer in layers]
 
 
 def _layers_of(slots: Any, cache: Cache | RaggedCache) -> Sequence[jax.Array]:
@@ -287,6 +315,6 @@ def _layers_of(slots: Any, cache: Cache | RaggedCache) -> Sequence[jax.Array]:
 
 
 def _by_layer(fn, cache: RaggedCache, new_kv: KeyValues, slots: Sequence[jax.Array]) -> RaggedCache:
-    cut = lambda i: new_kv.replace(keys=new_kv.keys[i : i + 1], values=new_kv.values[i : i + 1])  # noqa: E731
-    tokens = [cut(i) for i in range(cache.layers)]
+    keys, values = new_kv.keys, new_kv.values
+    tokens = [new_kv.replace(keys=keys[i : i + 1], values=values[i : i + 1]) for i in range(cache.layers)]
     return RaggedCache(tuple(fn(*args) for args in zip(cache.parts, tokens, slots, strict=True)))

@@ -1,8 +1,9 @@
-"""Kinds of storage of the keys or values of a KV cache, and the operations that attention and writing need.
+"""Kinds of storage of the keys or values of a KV cache, and what attention and writing need of them.
 
-A store is a pytree of arrays [..., S, *]: all of them share the axes in front of the slots, so that slots are gathered, padded,
-sliced and written by `jax.tree.map` for every kind alike. Plain arrays are served by the defaults; another kind is one class
-that registers `encode_like`, `dense`, `scores`, `mix` and `kernel_arrays`.
+A store is a pytree of arrays [..., S, *] with the same axes in front of the slots, so that
+`jax.tree.map` gathers, pads, slices and writes slots of every kind alike. The defaults serve plain
+arrays; another kind is one class that registers `encode_like`, `dense`, `scores`, `mix` and
+`kernel_arrays`.
 B batch rows, T queries, S slots, N query heads, K kv heads, G = N / K, H head width.
 """
 
@@ -42,31 +43,46 @@ def dense(store: Store, dtype=None) -> jax.Array:
 
 @functools.singledispatch
 def scores(store: Store, q: jax.Array) -> jax.Array:
-    """Products of queries [B, T, K, G, H] with the keys of a store [B, K, S, H] -> float32 [B, K, T, G, S].
+    """Products of queries and keys, float32 [B, K, T, G, S]; this axis order needs no transpose.
 
-    This axis order needs no transpose.
+    Args:
+      store: [B, K, S, H].
+      q: [B, T, K, G, H].
     """
     return jnp.einsum("btkgh,bksh->bktgs", q, store.astype(q.dtype), preferred_element_type=jnp.float32)
 
 
 @functools.singledispatch
 def mix(store: Store, weights: jax.Array, dtype) -> jax.Array:
-    """Sums of the values of a store [B, K, S, H], weighted by float32 [B, K, T, G, S] -> float32 [B, K, T, G, H].
+    """Weighted sums of values, float32 [B, K, T, G, H].
 
-    The products are computed in `dtype`.
+    Args:
+      store: [B, K, S, H].
+      weights: float32 [B, K, T, G, S].
+      dtype: in which the products are computed.
     """
-    return jnp.einsum("bktgs,bksh->bktgh", weights.astype(dtype), store.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "bktgs,bksh->bktgh",
+        weights.astype(dtype),
+        store.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 @functools.singledispatch
 def kernel_arrays(store: Store) -> tuple[jax.Array, jax.Array | None]:
-    """The numbers [..., S, H] and their scales [..., S], or None, that `kernels.cpu.few_queries` reads of a store."""
+    """The numbers [..., S, H] and their scales [..., S], or None, for `kernels.cpu.few_queries`."""
     return store, None
 
 
 @struct.dataclass
 class Int8Rows:
-    """codes int8 [..., S, H] times scales float32 [..., S]: one scale per kv head and token, symmetric round to nearest."""
+    """Symmetric int8 with one scale per kv head and token.
+
+    Attributes:
+      codes: int8 [..., S, H].
+      scales: float32 [..., S].
+    """
 
     codes: jax.Array
     scales: jax.Array
@@ -92,7 +108,8 @@ def _(store: Int8Rows, dtype=None):
 
 @scores.register(Int8Rows)
 def _(store: Int8Rows, q):
-    return scores(store.codes, q) * store.scales[:, :, None, None]  # codes are exact in any compute type
+    # codes are exact in any compute type
+    return scores(store.codes, q) * store.scales[:, :, None, None]
 
 
 @mix.register(Int8Rows)

@@ -347,7 +347,7 @@ ffi::Error few_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBu
 }
 
 // Rows [L, B, K, T, ...] into x [L, B, K, C, ...] at slots [L, B, K, T]; a slot that x lacks is skipped. y is x where XLA owns it.
-ffi::Error write_slots(ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error write_array(ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots, ffi::Result<ffi::AnyBuffer> y) {
   const auto xs = x.dimensions(), rs = rows.dimensions(), ss = slots.dimensions();
   if (xs.size() < 4 || rs.size() != xs.size() || ss.size() != 4 || !std::equal(ss.begin(), ss.end(), rs.begin()) ||
       !std::equal(xs.begin(), xs.begin() + 3, rs.begin()) || !std::equal(xs.begin() + 4, xs.end(), rs.begin() + 4) ||
@@ -367,6 +367,18 @@ ffi::Error write_slots(ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::Buffer<ffi::S
   return ffi::Error::Success();
 }
 
+// n arrays, then the rows of each: one call, since XLA takes longer to start four than they take to write.
+ffi::Error write_slots(ffi::Buffer<ffi::S32> slots, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  if (args.size() != 2 * rets.size()) return ffi::Error::InvalidArgument("write_slots: expected the rows of every array");
+  for (size_t i = 0; i < rets.size(); ++i) {
+    const auto x = args.get<ffi::AnyBuffer>(i), rows = args.get<ffi::AnyBuffer>(rets.size() + i);
+    const auto y = rets.get<ffi::AnyBuffer>(i);
+    if (!x.has_value() || !rows.has_value() || !y.has_value()) return ffi::Error::InvalidArgument("write_slots: not an array");
+    if (const auto error = write_array(*x, *rows, slots, *y); error.failure()) return error;
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -382,7 +394,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     AndesvlWriteSlots, write_slots,
-    ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::AnyBuffer>());
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::S32>>().RemainingArgs().RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     AndesvlRowsOf, rows_of,

@@ -1,7 +1,8 @@
-"""Binding of `cpu.cc`, which is built once for this machine, cached in the user's directory and registered with XLA.
+"""Binding of `cpu.cc`, which is built once for this machine and registered with XLA.
 
-The kernels have no gradient and are never exported. `available` is called before anything is traced; traced code reads the
-answer from a static field of what it computes with: `Streamed.compiled` of a weight, `Cache.compiled` of a KV cache.
+The kernels have no gradient and are never exported. `available` is called before anything is
+traced; traced code reads the answer from a static field: `Streamed.compiled` of a weight,
+`Cache.compiled` of a KV cache.
 """
 
 import ctypes
@@ -34,13 +35,14 @@ WIDTH = 16  # numbers that the kernel takes at a time
 
 
 def available() -> bool:
-    """Whether the kernels are registered with XLA on CPU; the first call builds them, or warns once with the reason.
+    """Whether XLA on CPU has the kernels; the first call builds them, or warns once with the reason.
 
     Raises:
-      RuntimeError: called while a function is traced, where a build would hide and the answer could differ between traces.
+      RuntimeError: called while a function is traced, where a build would hide and the answer could
+        differ between traces.
     """
     if isinstance(jnp.zeros(()), jax.core.Tracer):
-        raise RuntimeError("kernels.cpu.available() is called while a function is traced, expected a call before tracing.")
+        raise RuntimeError("kernels.cpu.available() is called while a function is traced, expected before.")
     return _registered()
 
 
@@ -77,9 +79,19 @@ def widened(w: jax.Array, after: jax.Array) -> jax.Array:
 
 
 def few_queries(
-    q, keys, values, slots, positions, layer, own_keys, own_values, mask=None, key_scales=None, value_scales=None
+    q,
+    keys,
+    values,
+    slots,
+    positions,
+    layer,
+    own_keys,
+    own_values,
+    mask=None,
+    key_scales=None,
+    value_scales=None,
 ) -> jax.Array:
-    """Attention of a few queries to one layer of a KV cache and to their own tokens, one softmax over both.
+    """Attention of a few queries to one layer of a KV cache and to their own tokens.
 
     A query sees the cached slots and the own tokens whose position is at most its own.
 
@@ -91,7 +103,7 @@ def few_queries(
       layer: int32 [], the layer of the cache.
       own_keys, own_values: float32 [B, K, T, H].
       mask: bool [B, T, T], which own tokens a query may see besides, or None: all.
-      key_scales, value_scales: float32 [L, B, K, C], what int8 keys and values are multiplied with; else None.
+      key_scales, value_scales: float32 [L, B, K, C], scales of int8 keys and values, else None.
     Returns:
       float32 [B, T, N, H]; 0 for a query that sees nothing.
     """
@@ -102,13 +114,15 @@ def few_queries(
     )
 
 
-def write_slots(x: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    """x [L, B, K, C, ...] with rows [L, B, K, T, ...] at slots int32 [L, B, K, T]; a slot outside 0..C-1 is skipped.
+def write_slots(arrays: list[jax.Array], rows: list[jax.Array], slots: jax.Array) -> list[jax.Array]:
+    """Arrays [L, B, K, C, ...] with their rows [L, B, K, T, ...] at slots int32 [L, B, K, T].
 
-    Writes in place where XLA owns x: donated, or carried by a loop.
+    A slot outside 0..C-1 is skipped. Writes in place where XLA owns an array: donated, or carried by
+    a loop.
     """
-    call = jax.ffi.ffi_call("andesvl_write_slots", jax.ShapeDtypeStruct(x.shape, x.dtype), input_output_aliases={0: 0})
-    return call(x, rows, slots)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    aliases = {1 + i: i for i in range(len(arrays))}
+    return jax.ffi.ffi_call("andesvl_write_slots", out, input_output_aliases=aliases)(slots, *arrays, *rows)
 
 
 def _built() -> Path:
@@ -116,7 +130,13 @@ def _built() -> Path:
     compiler = shutil.which("c++")
     if compiler is None:
         raise OSError("no C++ compiler")
-    made_of = [SOURCE.read_text(), *FLAGS, jaxlib.__version__, _run([compiler, "--version"]), _processor()]
+    made_of = [
+        SOURCE.read_text(),
+        *FLAGS,
+        jaxlib.__version__,
+        _run([compiler, "--version"]),
+        _processor(),
+    ]
     library = _own_directory() / f"kernel-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:32]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
@@ -149,7 +169,10 @@ def _run(command: list[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_LIMIT_S).stdout
     except subprocess.CalledProcessError as error:
-        reason = next((line for line in error.stderr.splitlines() if "error" in line), f"status {error.returncode}")
+        reason = next(
+            (line for line in error.stderr.splitlines() if "error" in line),
+            f"status {error.returncode}",
+        )
         raise OSError(f"{command[0]}: {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{command[0]} did not end in {BUILD_LIMIT_S} s") from error

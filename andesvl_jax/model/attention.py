@@ -156,12 +156,17 @@ def _alone_on_cpu() -> bool:
     return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
+def read_by_kernel(cache: Cache, tokens: int, width: int) -> bool:
+    """Whether the C++ kernel reads this cache in place, for `tokens` queries of a row and heads of `width`."""
+    return cache.compiled and tokens <= FEW_QUERIES and width % cpu.WIDTH == 0
+
+
 def _is_for_kernel(q, parts: Sequence[Part | CachePart], causal: bool) -> bool:
-    """Whether the C++ kernel serves these parts: a compiled cache, then the own tokens of few queries."""
-    if len(parts) != 2 or not isinstance(parts[0], CachePart) or not parts[0].cache.compiled:
+    """Whether the C++ kernel serves these parts: a layer of a cache that it reads, then the queries' own tokens."""
+    if len(parts) != 2 or not isinstance(parts[0], CachePart):
         return False
     own = isinstance(parts[1], Part) and parts[1].own
-    return own and causal and q.shape[1] <= FEW_QUERIES and q.shape[3] % cpu.WIDTH == 0
+    return own and causal and read_by_kernel(parts[0].cache, q.shape[1], q.shape[3])
 
 
 def _by_kernel(q, cached: CachePart, own: Part, queries: Place) -> jax.Array:

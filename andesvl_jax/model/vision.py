@@ -100,7 +100,8 @@ def encoder_layer(
         return _norm(vision, x, weight, bias)
 
     y = norm(x, layer.norm1, layer.norm1_bias)
-    y = apply(layer.qkv, y, layer.qkv_bias).reshape(b, t, 3, -1, vision.head_dim)  # so that heads can be sharded through q, k and v
+    # a shape that heads are sharded in, through q, k and v
+    y = apply(layer.qkv, y, layer.qkv_bias).reshape(b, t, 3, -1, vision.head_dim)
     q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
     if vision.use_rope:
         q, k = rotate(q, rotary), rotate(k, rotary)

@@ -12,7 +12,6 @@ from andesvl_jax.kernels import cpu
 needs_kernel = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
 
 
-
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """`cpu.available` as in a new process, with an empty cache."""
@@ -79,4 +78,7 @@ def test_rows_are_written_into_their_slots_and_no_others(dtype):
     for at, slot in np.ndenumerate(slots):
         if 0 <= slot < 5:
             expected[(*at[:3], slot)] = -1
-    np.testing.assert_array_equal(jax.jit(cpu.write_slots)(x, rows, slots), expected)
+    marks = jnp.zeros((2, 1, 3, 5), jnp.int32)
+    found, marked = jax.jit(cpu.write_slots)([x, marks], [rows, jnp.ones_like(slots)], slots)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(marked, (expected < 0).any(-1))

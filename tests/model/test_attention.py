@@ -65,7 +65,9 @@ def test_a_causal_row_in_pieces_equals_the_whole_and_leaves_the_later_pieces_out
     there = (np.asarray(place.positions) >= 0)[..., None, None]
 
     def run(backend):
-        loss = lambda q, k, v: (jnp.where(there, attend(q, [Part(k, v, place, own=True)], place, True, backend, chunk), 0) ** 2).sum()  # noqa: E731
+        def loss(q, k, v):
+            return (jnp.where(there, attend(q, [Part(k, v, place, own=True)], place, True, backend, chunk), 0) ** 2).sum()
+
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 
     for found, expected in zip(jax.tree.leaves(run("chunked")(q, k, v)), jax.tree.leaves(run("einsum")(q, k, v)), strict=True):
@@ -91,7 +93,8 @@ def test_long_packed_rows_equal_the_whole_in_both_passes(dtype, shuffled, monkey
 
     def run(backend, dtype):
         def loss(q, k, v):
-            return (jnp.where(there, attend(q, [Part(k, v, place, own=True)], place, True, backend, 48), 0).astype(jnp.float32) ** 2).sum()
+            y = attend(q, [Part(k, v, place, own=True)], place, True, backend, 48)
+            return (jnp.where(there, y, 0).astype(jnp.float32) ** 2).sum()
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*(x.astype(dtype) for x in (q, k, v)))
 

@@ -26,9 +26,8 @@ def random_part(rng, heads: int, slots: int, per_head: bool, masked: bool) -> Pa
 
 def concatenated(parts: list[Part], heads: int) -> Part:
     """One part with positions per head and a mask."""
-    shape = lambda part: (B, heads, part.keys.shape[2])  # noqa: E731
-    places = [p.place.positions if p.place.positions.ndim == 3 else p.place.positions[:, None] for p in parts]
-    places = [jnp.broadcast_to(x, shape(p)) for x, p in zip(places, parts, strict=True)]
+    places = [p.place.positions for p in parts]
+    places = [x if x.ndim == 3 else jnp.broadcast_to(x[:, None], (B, heads, x.shape[1])) for x in places]
     masks = [jnp.ones((B, T, p.keys.shape[2]), bool) if p.mask is None else p.mask for p in parts]
     keys, values = (jnp.concatenate([getattr(p, name) for p in parts], 2) for name in ("keys", "values"))
     return Part(keys, values, Place(jnp.concatenate(places, 2)), jnp.concatenate(masks, 2))
@@ -48,7 +47,10 @@ def test_parts_merged_equal_one_part(backend, heads, long, monkeypatch):
         parts = [random_part(rng, k, size, i % 2 == 0, (i + seed) % 2 == 0) for i, size in enumerate(sizes)]
         at = rng.integers(0, 30, (B, T)).astype(np.int32)
         at[0, 3] = -1  # sees nothing, like every padding query
-        q, queries = jnp.asarray(3 * rng.normal(size=(B, T, n, H)), jnp.float32), Place(jnp.asarray(at))
+        q, queries = (
+            jnp.asarray(3 * rng.normal(size=(B, T, n, H)), jnp.float32),
+            Place(jnp.asarray(at)),
+        )
         expected = attend(q, [concatenated(parts, k)], queries, True, "einsum", 256)
         found = jax.jit(lambda q, parts: attend(q, parts, queries, True, *BACKENDS[backend]))(q, parts)
         there = np.ones((B, T, 1, 1), bool)
@@ -64,8 +66,14 @@ def test_an_int8_part_equals_its_float_values_and_nearly_the_original(backend):
     part, more = (random_part(rng, 2, size, True, False) for size in (40, 9))
     coded = part.replace(keys=store.encode("int8", part.keys), values=store.encode("int8", part.values))
     decoded = part.replace(keys=store.dense(coded.keys), values=store.dense(coded.values))
-    q, queries = jnp.asarray(rng.normal(size=(B, T, 4, H)), jnp.float32), Place(jnp.asarray(rng.integers(9, 30, (B, T)), jnp.int32))
-    run = lambda part: attend(q, [part, more], queries, True, *BACKENDS[backend])  # noqa: E731
+    q, queries = (
+        jnp.asarray(rng.normal(size=(B, T, 4, H)), jnp.float32),
+        Place(jnp.asarray(rng.integers(9, 30, (B, T)), jnp.int32)),
+    )
+
+    def run(part):
+        return attend(q, [part, more], queries, True, *BACKENDS[backend])
+
     assert max_relative(run(coded), run(decoded)) <= TOLERANCE
     assert TOLERANCE < max_relative(run(coded), run(part)) <= 0.03
 

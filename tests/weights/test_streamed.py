@@ -66,24 +66,19 @@ def test_leaves_stand_for_their_matrices(compiled):
     ids = jnp.array([3, 3, 19])
     np.testing.assert_array_equal(embed(stream_table(table, compiled=compiled), ids, "float32"), table[ids])
     half = table.astype("bfloat16")
-    np.testing.assert_array_equal(
-        embed(stream_table(half, compiled=compiled), ids[None], "float32"), half[ids][None].astype("float32")
-    )
+    found = embed(stream_table(half, compiled=compiled), ids[None], "float32")
+    np.testing.assert_array_equal(found, half[ids][None].astype("float32"))
     assert stream_matrix(matrix, "bfloat16").rows.dtype == jnp.bfloat16
     bf16 = apply(stream_matrix(matrix, compiled=compiled), jnp.ones((1, 12), jnp.bfloat16))
-    assert (
-        bf16.dtype == jnp.bfloat16
-        and unembed(stream_table(table, compiled=compiled), jnp.ones((1, 12), jnp.bfloat16)).dtype == jnp.float32
-    )
+    scores = unembed(stream_table(table, compiled=compiled), jnp.ones((1, 12), jnp.bfloat16))
+    assert bf16.dtype == jnp.bfloat16 and scores.dtype == jnp.float32
 
 
 @needs_kernel
 def test_the_kernel_works_inside_loops_and_beside_itself():
     """In a while_loop, in a scan over stacked leaves, and with several products that XLA may run at once."""
-    w = [
-        stream_matrix(jnp.asarray(np.random.default_rng(i).normal(size=(64, 64)) / 8, jnp.float32), compiled=True)
-        for i in range(8)
-    ]
+    arrays = [jnp.asarray(np.random.default_rng(i).normal(size=(64, 64)) / 8, jnp.float32) for i in range(8)]
+    w = [stream_matrix(array, compiled=True) for array in arrays]
     x = jnp.ones((2, 64))
     plain = [dense(m) for m in w]
     looped = jax.jit(
@@ -120,9 +115,8 @@ def test_many_rows_widen_one_16_bit_matrix_at_a_time():
     x = jnp.asarray(rng.normal(size=(40, 256)), jnp.float32)
     expected = chain(x, [w.astype(jnp.float32) for w in plain])
     assert max_relative(chain(x, streamed), expected) <= 8 * TOLERANCE
-    odd = stream_matrix(
-        jnp.asarray(rng.normal(size=(37, 21)), jnp.bfloat16), compiled=True
-    )  # no multiple of what the kernel takes at a time
+    # no multiple of what the kernel takes at a time
+    odd = stream_matrix(jnp.asarray(rng.normal(size=(37, 21)), jnp.bfloat16), compiled=True)
     y = jnp.asarray(rng.normal(size=(40, 37)), jnp.float32)
     assert max_relative(apply(odd, y), y @ dense(odd, jnp.float32)) <= TOLERANCE
     compiled = jax.jit(chain).lower(x, streamed).compile().memory_analysis()
@@ -163,7 +157,6 @@ def test_training_and_export_never_meet_the_kernel():
     for stage in stages(params, config, ExportShapes(patches=(8,), prompt=(8,), slots=16)):
         lowered.append(jax.jit(stage.call).lower(stage.weights, stage.cache, stage.inputs).as_text())
     assert len(lowered) == 4 and not any("andesvl" in text for text in lowered)
-    decoding = (
-        jax.jit(lambda p, x: unembed(p.decoder.embedding, x)).lower(for_decoding(params, config)[0], jnp.ones((1, 24))).as_text()
-    )
+    ready, _ = for_decoding(params, config)
+    decoding = jax.jit(lambda p, x: unembed(p.decoder.embedding, x)).lower(ready, jnp.ones((1, 24))).as_text()
     assert ("andesvl_few_rows" in decoding) == cpu.available()  # the search would find it
