@@ -37,7 +37,7 @@ from andesvl_jax.training.sharding import (
     row_sharding,
     rules_for,
 )
-from andesvl_jax.training.train import init_state, state_shardings, train_step
+from andesvl_jax.training.step import init_state, state_shardings, train_step
 from andesvl_jax.weights import abstract, is_param
 
 STEPS = ("train", "prefill", "decode")

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int)
     chat.add_argument("--kv-policy", help="cache eviction after the prompt: okv, snapkv or streaming")
     chat.add_argument("--kv-budget", type=_budget, default=0.5, help="share (0.25) or number (512) of cache slots that stay")
+    chat.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in the PEFT layout, such as `train` writes")
     chat.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     _add_sizing(chat)
 
@@ -204,6 +205,7 @@ def _chat(args) -> dict[str, Any]:
         max_size=args.max_size,
         image_preset=args.image_preset,
         revision=args.revision,
+        adapter=args.adapter,
         decode_only=True,
     )
     question = args.question if "<image>" in args.question else "<image>" * len(args.image) + args.question
@@ -265,7 +267,7 @@ def _info(args) -> dict[str, Any]:
 def _train(args) -> dict[str, Any]:
     from andesvl_jax.training.config import load_config
     from andesvl_jax.training.hosts import joined
-    from andesvl_jax.training.train import train
+    from andesvl_jax.training.loop import train
 
     with joined():
         config = load_config(args.config, args.set)

@@ -28,8 +28,8 @@ from andesvl_jax.inputs.image import prepare_image
 from andesvl_jax.inputs.packing import Budget, assemble_prompts, bucket, make_sample
 from andesvl_jax.model.andesvl import describe
 from andesvl_jax.training.config import Optimizer, TrainConfig, with_changes
+from andesvl_jax.training.loop import train
 from andesvl_jax.training.metrics import environment, read_metrics
-from andesvl_jax.training.train import train
 from andesvl_jax.weights import ALL_MATRICES, Int4, Int8, Quantize, Rule, count, represent
 
 STEPS = 320  # of a stage

@@ -26,7 +26,7 @@ from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.packing import Batch, Budget
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.training.config import TrainConfig
-from andesvl_jax.training.train import init_state, train_step
+from andesvl_jax.training.step import init_state, train_step
 
 ROWS = Budget(rows=3, tokens=512, patches=448, targets=224)
 BATCHES, STEPS = 30, 8  # timed of each

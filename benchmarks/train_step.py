@@ -21,7 +21,7 @@ from andesvl_jax.config import CONFIGS, AndesVLConfig, TextConfig, VisionConfig
 from andesvl_jax.inputs.image import ImageProcessor, Patches, patchify
 from andesvl_jax.inputs.packing import Batch, Budget, Sample, assemble, make_sample
 from andesvl_jax.training.config import Optimizer, TrainConfig
-from andesvl_jax.training.train import init_state, train_step
+from andesvl_jax.training.step import init_state, train_step
 
 GRIDS = ((8, 8), (8, 10))  # patches (rows, columns) of two pictures, each with its own conversation
 SIZES = CONFIGS | {

@@ -11,6 +11,7 @@ from andesvl_jax.checkpoints.bundle import RELEASED_GENERATION, Bundle
 from andesvl_jax.checkpoints.json_file import read_json, write_json
 from andesvl_jax.checkpoints.locate import local_directory
 from andesvl_jax.checkpoints.names import entries
+from andesvl_jax.checkpoints.peft import load_adapter
 from andesvl_jax.checkpoints.reading import read_params
 from andesvl_jax.checkpoints.safetensors_file import write_tensors
 from andesvl_jax.checkpoints.staging import replacing
@@ -27,7 +28,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 def load(
     path: str | os.PathLike, dtype: str = "float32", max_size: int | None = None, image_token_id: int | None = None,
     revision: str | None = None, sharding: Callable[[Param], jax.sharding.Sharding] | None = None,
-    image_preset: str | None = None, decode_only: bool = False,
+    image_preset: str | None = None, decode_only: bool = False, adapter: str | os.PathLike | None = None,
 ) -> Bundle:  # fmt: skip
     """Reads a checkpoint in the HF layout: safetensors or PyTorch files, single or in shards with their index.
 
@@ -39,6 +40,7 @@ def load(
         whose config.json does not give it.
       sharding: places each array of the network, by its shape and axis names; every device reads its own part from disk.
       decode_only: lay the weights out for decoding at once, in half the memory on CPU; such a model cannot be trained or saved.
+      adapter: a PEFT directory whose LoRA adapters are put over the weights, see `checkpoints.peft.load_adapter`.
       image_preset: "release" or "evaluation", see `inputs.image.PRESETS`; None: as the directory says, else "release".
     Raises:
       UserError: a missing or unreadable file, an unknown key, or tensors that are missing, unknown, there twice, or of wrong
@@ -56,6 +58,8 @@ def load(
     generation = path / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else dict(RELEASED_GENERATION)
     params = read_params(path, config, sharding)
+    if adapter is not None:
+        params = load_adapter(params, config, adapter)
     if decode_only:
         params, config = for_decoding(params, config, donate=True)
     return Bundle(config, params, tokenizer, processor, generation_config)

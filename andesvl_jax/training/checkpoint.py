@@ -40,8 +40,10 @@ def save_checkpoint(manager: ocp.CheckpointManager, step: int, state, data) -> N
     """Starts to save; waits for the save before. Raises UserError when the disk refuses either; earlier checkpoints stay.
 
     `data` is this process's iterator; what is saved is the joined state of all, which any number of processes can start from.
+    Of the frozen parameters only a checksum is saved: they come from where the run took them.
     """
-    place = {"data": join_states(from_all(data.get_state())), "sum": _sum_of(state)}
+    state, frozen = state.replace(frozen=None), state.frozen
+    place = {"data": join_states(from_all(data.get_state())), "sum": _sum_of(state), "frozen": _sum_of(frozen)}
     with _clear_disk_errors(manager):
         manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), place=ocp.args.JsonSave(place)))
 
@@ -51,7 +53,7 @@ def _bit_sum(state) -> jax.Array:
     """Sum of all bit patterns modulo 2^32, each array's times an odd number of its own: exact on any mesh."""
     words = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)  # noqa: E731
     sums = [jnp.sum(words(x), dtype=jnp.uint32) * jnp.uint32(2 * i + 1) for i, x in enumerate(jax.tree.leaves(state))]
-    return functools.reduce(jnp.add, sums)
+    return functools.reduce(jnp.add, sums, jnp.uint32(0))
 
 
 def _sum_of(state) -> int:
@@ -98,8 +100,9 @@ def _clear_disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
         raise UserError(f"{manager.directory}: a checkpoint could not be written ({reason}); {kept}.") from error
 
 
-def restore_latest(manager: ocp.CheckpointManager, state, data):
-    """The newest whole checkpoint in the shapes and places of `state`, which may be abstract; `data` is set to its place in it.
+def restore_latest(manager: ocp.CheckpointManager, state, frozen, data):
+    """The newest whole checkpoint in the shapes and places of `state`, which may be abstract, with the frozen parameters of the
+    run; `data` is set to its place in it.
 
     A checkpoint that cannot be read, on any process, or whose numbers are not those that were saved, is moved out of the way
     with a warning, and the one before it is taken.
@@ -109,14 +112,19 @@ def restore_latest(manager: ocp.CheckpointManager, state, data):
     """
     broken: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
-        restored, reason = _restored(manager.directory / str(step), state)
+        restored, reason = _restored(manager.directory / str(step), state.replace(frozen=None))
         if reason is None:
+            if restored["place"].get("frozen", 0) != _sum_of(frozen):
+                raise UserError(
+                    f"{manager.directory}/{step}: was trained over other frozen weights than init_from gives now; give the base "
+                    "that the run began with."
+                )
             if broken and is_first():
                 _move_away(Path(manager.directory), broken, step)
             from_all(None)  # nobody reads the directory anew before that
             manager.reload()
             data.set_state(restored["place"]["data"])
-            return restored["state"]
+            return restored["state"].replace(frozen=frozen)
         broken[step] = reason
     if not broken:
         raise UserError(f"{manager.directory}: holds no checkpoint to resume from; start without --resume.")

@@ -13,6 +13,8 @@ from andesvl_jax.config import CONFIGS, AndesVLConfig
 from andesvl_jax.data.mixture import Mixture
 from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.packing import Budget
+from andesvl_jax.training.objectives import CrossEntropy, Objective
+from andesvl_jax.weights import Adapt, Rule
 
 PARTS = ("vision", "projector", "decoder")
 
@@ -34,12 +36,42 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Ranks of new LoRA adapters per part, 0 = none. With any, the run trains adapters alone and writes a PEFT directory.
+
+    Attributes:
+      alpha: scales what an adapter adds, by alpha / rank, or alpha / sqrt(rank) if rank_stabilized (rsLoRA, arXiv 2312.03732).
+      matrices: regular expression of the names of adapted matrices; other parts have other ones.
+    """
+
+    vision: int = 0
+    projector: int = 0
+    decoder: int = 0
+    alpha: float = 16.0
+    rank_stabilized: bool = False
+    matrices: str = "q|k|v|o|gate|up|down|qkv|proj|fc1|fc2|fc3"
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What makes the adapters out of a base."""
+        ranks = {part: getattr(self, part) for part in PARTS}
+        return tuple(
+            Rule(rf"{part}\.(layers\.)?({self.matrices})", Adapt(rank, float(self.alpha), self.rank_stabilized))
+            for part, rank in ranks.items()
+            if rank != 0
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     model: AndesVLConfig = CONFIGS["pico"]
     init_from: str | None = None  # checkpoint directory to start from
     tokenizer: str | None = None  # directory with tokenizer.json; None: that of init_from
     data: Mixture = field(default_factory=Mixture)
     budget: Budget = Budget(rows=6, tokens=512, patches=448, targets=224)
+    objective: Objective = CrossEntropy()
+    adapters: Adapters = Adapters()
+    accumulate: int = 1  # micro-batches of a step, each of `budget`
     loss_average: Literal["token", "square", "sample"] = "token"  # what a supervised token weighs, see `inputs.packing.Sample`
     max_size: int = 733  # square root of the pixel budget of a picture
     min_tokens: int = 4  # pictures with fewer visual tokens are scaled up
@@ -53,7 +85,7 @@ class TrainConfig:
     keep: int = 2  # checkpoints
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "checkpoint_every", "keep"):
+        for name in ("steps", "log_every", "checkpoint_every", "keep", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"training field {name}: found {getattr(self, name)}, expected at least 1.")
         if self.workers < 0 or self.data.shards % max(1, self.workers):
@@ -68,6 +100,15 @@ class TrainConfig:
             raise UserError(f"training field loss_average: found {self.loss_average!r}, expected 'token', 'square' or 'sample'.")
         if all(getattr(self.optimizer, part) == 0 for part in PARTS):
             raise UserError("training field optimizer: every part has learning rate 0, expected one that trains.")
+        if self.adapters.rules and self.init_from is None:
+            raise UserError(
+                "training field adapters: there is no base, expected init_from (a checkpoint directory or a name that ships)."
+            )
+        for part in PARTS:
+            if getattr(self.adapters, part) and getattr(self.optimizer, part) == 0:
+                raise UserError(
+                    f"training field optimizer.{part}: found 0, expected a learning rate for the adapters of that part."
+                )
 
 
 def load_config(path: str, changes: Sequence[str] = ()) -> TrainConfig:

@@ -60,13 +60,14 @@ class Meter:
         self._draws.append((began, time.perf_counter(), self._ended))
         return element
 
-    def ran(self, batch: Batch, result: jax.Array) -> None:
-        """Counts a step that was started on `batch` and will end with `result`."""
+    def ran(self, batches: Sequence[Batch], result: jax.Array) -> None:
+        """Counts a step that was started on micro-batches and will end with `result`."""
         self._ended = self._watcher.submit(_time_when_ready, result)
         self._counts["steps"] += 1
-        self._counts["tokens"] += int(np.count_nonzero(batch.segments >= 0))
-        self._counts["flops"] += batch_flops(self._config, batch, self._trained)
-        self._counts.update({f"padding/{name}": 1 - share for name, share in fill(batch).items()})
+        for batch in batches:
+            self._counts["tokens"] += int(np.count_nonzero(batch.segments >= 0))
+            self._counts["flops"] += batch_flops(self._config, batch, self._trained)
+            self._counts.update({f"padding/{name}": (1 - share) / len(batches) for name, share in fill(batch).items()})
 
     def line(self) -> dict[str, float]:
         """Once the last step has ended: everything since the last line, which starts anew.

@@ -1,4 +1,4 @@
-"""AdamW with one learning rate per part of the model; a part with rate 0 is frozen and holds no moments."""
+"""AdamW with one learning rate per part of the model."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import optax
 
 from andesvl_jax.model.andesvl import AndesVL
 from andesvl_jax.training.config import PARTS, Optimizer
-from andesvl_jax.weights import is_param
+from andesvl_jax.weights import Param, is_param
 
 
 def rate(config: Optimizer, step: jax.Array, steps: jax.Array) -> jax.Array:
@@ -23,12 +23,11 @@ def make_optimizer(config: Optimizer, description: AndesVL, steps: jax.Array | i
     """Clip by global norm, then AdamW at `rate` times each part's peak.
 
     Args:
-      description: tree of `Param`; matrices and tables decay, norms and biases do not. steps: of the whole run.
+      description: tree of `Param`, of the trained arrays alone; matrices and tables decay, norms and biases do not.
+      steps: of the whole run.
     """
 
     def adamw(peak: float, weight_decay: float) -> optax.GradientTransformation:
-        if peak == 0:
-            return optax.set_to_zero()
         return optax.adamw(
             lambda step: peak * rate(config, step, steps), config.b1, config.b2, config.eps, weight_decay=weight_decay
         )
@@ -37,13 +36,10 @@ def make_optimizer(config: Optimizer, description: AndesVL, steps: jax.Array | i
     transforms = {f"{part} {kind}": adamw(getattr(config, part), decay) for part in PARTS for kind, decay in decays.items()}
 
     def labels(part: str):
-        kind = lambda p: "matrices" if p.init not in ("ones", "zeros") else "vectors"  # noqa: E731
-        return jax.tree.map(lambda p: f"{part} {kind(p)}", getattr(description, part), is_leaf=is_param)
+        def label(p: Param) -> str:
+            return f"{part} {'matrices' if len(p.shape) - p.stacked > 1 else 'vectors'}"
+
+        return jax.tree.map(label, getattr(description, part), is_leaf=is_param)
 
     by_part = AndesVL(**{part: labels(part) for part in PARTS})
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(transforms, by_part))
-
-
-def freeze(params: AndesVL, config: Optimizer) -> AndesVL:
-    """Cuts the gradient to frozen parts, so that their backward pass is not computed."""
-    return params.replace(**{p: jax.lax.stop_gradient(getattr(params, p)) for p in PARTS if getattr(config, p) == 0})

@@ -14,8 +14,9 @@ from andesvl_jax.inputs.packing import Batch, Budget
 from andesvl_jax.training.bad_batch import BAD_BATCH, BAD_MODEL, read_batch
 from andesvl_jax.training.config import TrainConfig
 from andesvl_jax.training.sharding import batch_sharding, check_budget, make_mesh, placement
-from andesvl_jax.training.train import loss_fn
+from andesvl_jax.training.step import loss_sums, trainable
 from andesvl_jax.weights import path_name
+from andesvl_jax.weights.partition import combine, partition
 
 
 def replay(config: TrainConfig, out: str | Path) -> dict[str, Any]:
@@ -42,7 +43,13 @@ def replay(config: TrainConfig, out: str | Path) -> dict[str, Any]:
 
     @jax.jit
     def measure(params, batch):
-        loss, grads = jax.value_and_grad(lambda p: loss_fn(p, model, batch, config.optimizer, mesh)[0])(params)
+        trained, frozen = partition(params, trainable(config.optimizer))
+
+        def mean(trained):
+            total, weight, _ = loss_sums(combine(trained, frozen), model, batch, mesh=mesh)
+            return total / jnp.maximum(weight, 1.0)
+
+        loss, grads = jax.value_and_grad(mean)(trained)
         return loss, jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
 
     def run(batch: Batch) -> tuple[float, list[str]]:

@@ -18,7 +18,7 @@ from andesvl_jax.model.devices import HEAD_AXES, ROW_AXES, compiled_for
 from andesvl_jax.training.collectives import by_kind, collectives
 from andesvl_jax.training.config import Optimizer, TrainConfig
 from andesvl_jax.training.sharding import batch_sharding, make_mesh
-from andesvl_jax.training.train import init_state, state_shardings, train_step
+from andesvl_jax.training.step import init_state, state_shardings, train_step
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2")

@@ -20,7 +20,7 @@ from andesvl_jax.model.andesvl import describe
 from andesvl_jax.training.collectives import collectives
 from andesvl_jax.training.config import Optimizer, TrainConfig
 from andesvl_jax.training.sharding import STORED, batch_sharding, make_mesh, param_shardings
-from andesvl_jax.training.train import init_state, train_step
+from andesvl_jax.training.step import init_state, train_step
 from andesvl_jax.weights import is_param
 
 CONFIG = tiny_config(vision={"num_layers": 1})

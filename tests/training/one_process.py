@@ -9,10 +9,10 @@ import sys
 
 from andesvl_jax.cli import main
 from andesvl_jax.errors import UserError
-from andesvl_jax.training import train as train_lib
+from andesvl_jax.training import loop as loop_lib
 
 event, _, number = sys.argv[1].partition("@")
-real, calls = train_lib.train_step, 0
+real, calls = loop_lib.train_step, 0
 
 
 def step(*args):
@@ -25,5 +25,5 @@ def step(*args):
     return real(*args)
 
 
-train_lib.train_step = step
+loop_lib.train_step = step
 sys.exit(main(sys.argv[2:]))

@@ -24,11 +24,11 @@ from andesvl_jax.inputs.packing import Budget, assemble
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.training import bad_batch
 from andesvl_jax.training import config as config_lib
-from andesvl_jax.training import train as train_lib
+from andesvl_jax.training import loop as loop_lib
 from andesvl_jax.training.bad_batch import BAD_BATCH, BAD_MODEL, BAD_PICTURES, read_batch, write_batch
 from andesvl_jax.training.batch_pictures import row_pictures, row_text, show_batch
+from andesvl_jax.training.loop import SHOWN_ROWS, train
 from andesvl_jax.training.metrics import read_metrics
-from andesvl_jax.training.train import SHOWN_ROWS, train
 
 
 def packed(tiny_run, rows=2, each=2):
@@ -147,7 +147,7 @@ def test_a_hostile_file_is_refused_before_anything_large_is_made(tmp_path, name,
 @pytest.mark.parametrize("mesh", [None, "data=-1"])
 def test_a_run_that_stays_non_finite_keeps_the_batch_and_the_replay_finds_it_so(tiny_run, tmp_path, monkeypatch, capsys, mesh):
     """One row of two is poisoned from step 3 on; the replay has the loss of the stop and names that row."""
-    real, bad_row = train_lib.batches, 1
+    real, bad_row = loop_lib.batches, 1
 
     def poisoned(*args):
         steps = itertools.count(1)
@@ -159,7 +159,7 @@ def test_a_run_that_stays_non_finite_keeps_the_batch_and_the_replay_finds_it_so(
 
         return real(*args).map(poison)
 
-    monkeypatch.setattr(train_lib, "batches", poisoned)
+    monkeypatch.setattr(loop_lib, "batches", poisoned)
     config = dataclasses.replace(tiny_run, steps=20, checkpoint_every=20, mesh=mesh)
     monkeypatch.setattr(config_lib, "load_config", lambda *_: config)
     out = tmp_path / "run"

@@ -7,7 +7,7 @@ import pytest
 
 from andesvl_jax.cli import main
 from andesvl_jax.training import config as config_lib
-from andesvl_jax.training import train as train_lib
+from andesvl_jax.training import loop as loop_lib
 from andesvl_jax.training.checkpoint import open_manager
 from andesvl_jax.training.metrics import read_metrics
 
@@ -17,7 +17,7 @@ def test_the_run_stops_with_one_sentence_and_the_checkpoint_before_stays(tiny_ru
     """A limit on the size of files stands in for the full disk: the writers meet it in the same system call."""
     config = dataclasses.replace(tiny_run, checkpoint_every=1, keep=4)
     monkeypatch.setattr(config_lib, "load_config", lambda *_: config)
-    real = train_lib.save_checkpoint
+    real = loop_lib.save_checkpoint
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(manager, step, state, data):
@@ -26,13 +26,13 @@ def test_the_run_stops_with_one_sentence_and_the_checkpoint_before_stays(tiny_ru
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the state has 500 kB, all other files less
         real(manager, step, state, data)
 
-    monkeypatch.setattr(train_lib, "save_checkpoint", save)
+    monkeypatch.setattr(loop_lib, "save_checkpoint", save)
     command = ["train", "--config", "tiny.py", "--out", str(tmp_path / "run")]
     try:
         code = main(command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        monkeypatch.setattr(train_lib, "save_checkpoint", real)
+        monkeypatch.setattr(loop_lib, "save_checkpoint", real)
     sentences = [line for line in capsys.readouterr().err.splitlines() if line.startswith("andesvl: ")]
     assert code == 2 and len(sentences) == 1
     for mention in ("checkpoints", "could not be written (File too large)", f"--resume from step {full_from - 1}"):

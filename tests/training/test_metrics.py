@@ -16,9 +16,10 @@ from andesvl_jax.inputs.packing import fill
 from andesvl_jax.model.flops import PARTS, batch_flops
 from andesvl_jax.training import config as config_lib
 from andesvl_jax.training import metrics as metrics_lib
+from andesvl_jax.training.loop import PROFILED, train
 from andesvl_jax.training.metrics import Meter, norms, peak_memory, read_metrics
 from andesvl_jax.training.peak import peak_flops
-from andesvl_jax.training.train import PROFILED, init_state, train, train_step
+from andesvl_jax.training.step import init_state, train_step
 
 
 class Device:
@@ -48,7 +49,7 @@ def test_a_line_counts_its_own_interval(clock):
     tokens, flops = int((batch.segments >= 0).sum()), batch_flops(config, batch, PARTS)
     for steps in (3, 2):
         for _ in range(steps):
-            meter.ran(meter.draw(iter([batch])), jnp.zeros(()))
+            meter.ran([meter.draw(iter([batch]))], jnp.zeros(()))
         clock.now += 10.0
         line = meter.line()
         assert line["step_s"] == 10 / steps and line["data_wait"] == 0
@@ -70,14 +71,14 @@ def test_data_wait_is_the_time_in_which_the_devices_had_no_step(clock, monkeypat
         clock.now += seconds
         yield batch
 
-    meter.ran(meter.draw(after(0.0)), "first")
+    meter.ran([meter.draw(after(0.0))], "first")
     clock.now = 2.0
-    meter.ran(meter.draw(after(4.0)), "second")  # drawn from 2 to 6
+    meter.ran([meter.draw(after(4.0))], "second")  # drawn from 2 to 6
     clock.now = 10.0
     assert meter.line()["data_wait"] == pytest.approx(0.1)
     meter.draw(after(5.0))  # the step before ended at 9, this batch is asked for at 10: all of it is lost
     clock.now = 20.0
-    meter.ran(batch, "second")
+    meter.ran([batch], "second")
     assert meter.line()["data_wait"] == pytest.approx(0.5)
 
 
@@ -90,7 +91,7 @@ def test_mfu_is_told_where_the_peak_is_known_and_only_there(clock):
         ("NVIDIA H200 MIG 1g.18gb", None),
     ):
         meter = Meter(config, PARTS, [Device(kind)])
-        meter.ran(batch, jnp.zeros(()))
+        meter.ran([batch], jnp.zeros(()))
         clock.now += 1.0
         line = meter.line()
         assert peak_flops(kind) == expected and ("mfu" in line) == (expected is not None)
@@ -165,6 +166,6 @@ def test_a_batch_that_comes_while_a_step_runs_is_no_wait():
         yield batch
 
     meter = Meter(config, PARTS, jax.devices())
-    meter.ran(batch, slow(x))
-    meter.ran(meter.draw(during()), slow(x))
+    meter.ran([batch], slow(x))
+    meter.ran([meter.draw(during())], slow(x))
     assert meter.line()["data_wait"] < 0.5

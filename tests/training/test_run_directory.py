@@ -14,10 +14,10 @@ from test_train import assert_bitwise, restored
 
 from andesvl_jax.data.mixture import Mixture
 from andesvl_jax.errors import RunEnded, UserError
-from andesvl_jax.training import train as train_lib
+from andesvl_jax.training import loop as loop_lib
+from andesvl_jax.training.loop import train
 from andesvl_jax.training.metrics import read_metrics
 from andesvl_jax.training.run_directory import check_same_run, only_run
-from andesvl_jax.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +41,18 @@ def run(whole_run, tiny_run, tmp_path) -> Path:
 
 def test_sigterm_saves_and_the_resumed_run_is_the_whole_one_bitwise(tiny_run, run, tmp_path, monkeypatch, capsys):
     config, out = dataclasses.replace(tiny_run, checkpoint_every=4), tmp_path / "stopped"
-    real = train_lib.train_step
+    real = loop_lib.train_step
 
     def step(state, *args):
         if int(state.step) == 2:  # while the third step is computed
             os.kill(os.getpid(), signal.SIGTERM)
         return real(state, *args)
 
-    monkeypatch.setattr(train_lib, "train_step", step)
+    monkeypatch.setattr(loop_lib, "train_step", step)
     with pytest.raises(RunEnded, match="saved step 3 .*--resume") as ended:
         train(config, out)
     assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    monkeypatch.setattr(train_lib, "train_step", real)
+    monkeypatch.setattr(loop_lib, "train_step", real)
     train(config, out, resume=True)
     assert [m["step"] for m in read_metrics(out)] == [1, 2, 3, 4]
     assert_bitwise(restored(tiny_run, out), restored(tiny_run, run))
@@ -165,18 +165,18 @@ def test_a_data_file_that_vanishes_stops_the_run_in_a_sentence_and_loses_nothing
     mixture = Mixture({"talks": 1.0}, files={"talks": str(data)})
     config = dataclasses.replace(tiny_run, data=mixture, checkpoint_every=1, steps=8, keep=8)
     train(config, tmp_path / "whole")
-    real = train_lib.save_checkpoint
+    real = loop_lib.save_checkpoint
 
     def save(manager, step, *args):
         real(manager, step, *args)
         if step == 2:
             data.rename(tmp_path / "away")
 
-    monkeypatch.setattr(train_lib, "save_checkpoint", save)
+    monkeypatch.setattr(loop_lib, "save_checkpoint", save)
     with pytest.raises(UserError, match="No such file or directory.*talks.jsonl") as error:
         train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
-    monkeypatch.setattr(train_lib, "save_checkpoint", real)
+    monkeypatch.setattr(loop_lib, "save_checkpoint", real)
     (tmp_path / "away").rename(data)
     for step in os.listdir(tmp_path / "run" / "checkpoints"):
         if step.isdecimal() and int(step) > 2:  # batches that lack what could not be read

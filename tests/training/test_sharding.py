@@ -262,8 +262,8 @@ def test_a_long_row_takes_a_part_of_the_memory():
 
 def test_a_run_on_a_mesh_of_one_device_equals_a_run_without(tiny_run, tmp_path):
     """The whole path of --mesh with what every machine has: losses to float32's last digits."""
+    from andesvl_jax.training.loop import train
     from andesvl_jax.training.metrics import read_metrics
-    from andesvl_jax.training.train import train
 
     short = replace(tiny_run, steps=3, checkpoint_every=3)
     losses = []
