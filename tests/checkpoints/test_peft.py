@@ -150,7 +150,8 @@ def decoder_of(torch, transformers):
     )  # fmt: skip
     model = transformers.Qwen3ForCausalLM(config).eval()
     weights = params_to_hf(tiny_params(CONFIG), CONFIG)
-    state = {n.removeprefix("language_model."): torch.from_numpy(x.copy()) for n, x in weights.items() if n.startswith("language")}
+    of_decoder = {name.removeprefix("language_model."): x for name, x in weights.items() if name.startswith("language_model.")}
+    state = {name: torch.from_numpy(x.copy()) for name, x in of_decoder.items()}
     model.load_state_dict(state)
     return model
 
