@@ -131,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--kv-policy")
     evaluate.add_argument("--kv-budget", type=_budget, default=0.5)
 
+    compress = verb("compress", _compress, "pack the weights of a model by a recipe, round to nearest")
+    compress.add_argument("--model", required=True, help="checkpoint directory, a hub id, or one that ships: nano, nano-siglip")
+    compress.add_argument("--recipe", required=True, help="Python file with get_recipe(), e.g. configs/compress/w8.py")
+    compress.add_argument("--out", required=True, help="directory to write")
+
     export = verb("export", _export, "write StableHLO or LiteRT artifacts and check them against the model")
     export.add_argument("--model", required=True, help="checkpoint directory")
     export.add_argument("--format", required=True, choices=("stablehlo", "litert"))
@@ -261,6 +266,15 @@ def _info(args) -> dict[str, Any]:
     for picture in result["pictures"]:
         canvas, tokens = "x".join(map(str, picture["canvas"])), picture["visual_tokens"]
         print(f"{picture['picture']}: canvas {canvas}, {tokens:,} visual tokens, {number(picture['kv_bytes'])} bytes of KV cache")
+    return result
+
+
+def _compress(args) -> dict[str, Any]:
+    from andesvl_jax.compression.compress import compress
+
+    result = compress(args.model, args.recipe, args.out)
+    print(f"{args.out}: {result['bytes_on_disk']:,} bytes, {result['bpw_body']} bits a weight in the decoder's matrices, ", end="")
+    print(f"{result['bpw_all']} over all; {result['seconds']:.0f} s")
     return result
 
 

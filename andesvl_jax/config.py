@@ -247,7 +247,7 @@ _VISION_IGNORED = {
 }  # fmt: skip
 _TOP_IGNORED = {
     "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "bos_token_id", "eos_token_id",
-    "pad_token_id", "use_cache",
+    "pad_token_id", "use_cache", "quantization_config",
 }  # fmt: skip
 
 

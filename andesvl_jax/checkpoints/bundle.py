@@ -9,6 +9,7 @@ from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, for_decoding
+from andesvl_jax.weights import Recipe
 
 # generation_config.json of the releases, where a directory has none
 RELEASED_GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
@@ -21,6 +22,7 @@ class Bundle:
     tokenizer: Tokenizer | None
     image_processor: ImageProcessor
     generation_config: dict[str, Any] = field(default_factory=lambda: dict(RELEASED_GENERATION))
+    recipe: Recipe | None = None  # of packed weights
 
     @functools.cached_property
     def _decoding(self) -> tuple[AndesVL, AndesVLConfig]:

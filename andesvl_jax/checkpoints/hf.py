@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from andesvl_jax.checkpoints.bundle import RELEASED_GENERATION, Bundle
 from andesvl_jax.checkpoints.json_file import read_json, write_json
 from andesvl_jax.checkpoints.locate import local_directory
-from andesvl_jax.checkpoints.names import entries
+from andesvl_jax.checkpoints.names import Entry, entries
+from andesvl_jax.checkpoints.packed import packed_specs, packed_to_hf, quantization_config, write_recipe
 from andesvl_jax.checkpoints.peft import load_adapter
 from andesvl_jax.checkpoints.reading import read_params
 from andesvl_jax.checkpoints.safetensors_file import write_tensors
@@ -20,7 +22,7 @@ from andesvl_jax.errors import UserError
 from andesvl_jax.inputs.image import ImageProcessor
 from andesvl_jax.inputs.tokenizer import Tokenizer
 from andesvl_jax.model.andesvl import AndesVL, for_decoding
-from andesvl_jax.weights import Param, is_leaf, path_name
+from andesvl_jax.weights import Packed, Param, is_leaf, path_name
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -57,12 +59,12 @@ def load(
     processor = ImageProcessor.from_hf(raw, config.vision, max_size=max_size, source=source, preset=image_preset)
     generation = path / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else dict(RELEASED_GENERATION)
-    params = read_params(path, config, sharding)
+    params, recipe = read_params(path, config, sharding)
     if adapter is not None:
         params = load_adapter(params, config, adapter)
     if decode_only:
         params, config = for_decoding(params, config, donate=True)
-    return Bundle(config, params, tokenizer, processor, generation_config)
+    return Bundle(config, params, tokenizer, processor, generation_config, recipe)
 
 
 def save(bundle: Bundle, path: str | os.PathLike, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -71,20 +73,38 @@ def save(bundle: Bundle, path: str | os.PathLike, max_shard_bytes: int = MAX_SHA
     Weights beyond `max_shard_bytes` become shards with an index; in memory there is one tensor more than the bundle has.
 
     Raises:
-      UserError: the weights hold adapters or packed leaves (merge or expand them first), `path` holds something that is no
+      UserError: the weights hold adapters or simulated leaves (merge or pack them first), `path` holds something that is no
         checkpoint, or the disk refuses.
     """
-    leaves = _plain_leaves(bundle.params)
-    order = entries(bundle.config)
-    specs = {name: (np.dtype(leaves[e.path].dtype), shape) for e in order for name, shape in e.shapes().items()}
-    tensors = (tensor for entry in order for _, tensor in entry.to_hf(np.asarray(leaves[entry.path])))
+    leaves = _leaves_on_disk(bundle.params, bundle.config)
+    specs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    for entry, leaf in leaves.values():
+        dense = {name: (np.dtype(leaf.dtype), shape) for name, shape in entry.shapes().items()} if not is_leaf(leaf) else {}
+        specs |= dense or packed_specs(entry, leaf)
+    pieces = (packed_to_hf(e, w) if is_leaf(w) else e.to_hf(np.asarray(w)) for e, w in leaves.values())
+    tensors = (tensor for piece in pieces for _, tensor in piece)
+    packed = any(is_leaf(leaf) for _, leaf in leaves.values())
     with replacing(Path(path), "checkpoint", ("config.json",)) as staging:
         write_tensors(staging, specs, tensors, max_shard_bytes)
-        write_json(staging / "config.json", to_hf(bundle.config))
+        config = to_hf(bundle.config)
+        if packed:
+            config["quantization_config"] = quantization_config(leaves)
+            write_recipe(staging, leaves)
+        write_json(staging / "config.json", config)
         write_json(staging / "preprocessor_config.json", bundle.image_processor.to_hf())
         write_json(staging / "generation_config.json", bundle.generation_config)
         if bundle.tokenizer is not None:
             bundle.tokenizer.save(staging)
+
+
+def _leaves_on_disk(params: AndesVL, config: AndesVLConfig) -> dict[str, tuple[Entry, Any]]:
+    """Path -> (HF names, dense or packed leaf). Raises UserError for leaves of other kinds."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    leaves = {path_name(p): leaf for p, leaf in flat}
+    odd = next((name for name, leaf in leaves.items() if is_leaf(leaf) and not isinstance(leaf, Packed)), None)
+    if odd is not None:
+        raise UserError(f"weights {odd}: a {type(leaves[odd]).__name__} leaf has no place in the HF layout; make it dense first.")
+    return {entry.path: (entry, leaves[entry.path]) for entry in entries(config)}
 
 
 def params_to_hf(params: AndesVL, config: AndesVLConfig) -> dict[str, np.ndarray]:

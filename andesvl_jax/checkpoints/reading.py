@@ -2,26 +2,30 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from andesvl_jax.checkpoints import safetensors_file, torch_file
 from andesvl_jax.checkpoints.json_file import read_json
-from andesvl_jax.checkpoints.names import EMBEDDING, TIED_HEAD, Entry, entries, hf_shapes
-from andesvl_jax.checkpoints.stored import FLOATS, Stored
+from andesvl_jax.checkpoints.names import EMBEDDING, TIED_HEAD, Entry, entries
+from andesvl_jax.checkpoints.packed import packed_specs, placed, read_packed, read_recipe, recipe_of_tensors
+from andesvl_jax.checkpoints.stored import FLOATS, INTEGERS, Stored
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.errors import UserError
 from andesvl_jax.model.andesvl import AndesVL, describe
-from andesvl_jax.weights import Param, is_param, path_name
+from andesvl_jax.weights import Packed, Param, Recipe, is_leaf, is_param, path_name
 
 # (single file, reader of one file), best first
 FORMATS = ((safetensors_file.SINGLE, safetensors_file.list_tensors), ("pytorch_model.bin", torch_file.list_tensors))
 ALIGNMENT = 64  # bytes; at such addresses jax takes a NumPy array on the CPU as it is, without a copy
 
 
-def read_params(path: Path, config: AndesVLConfig, sharding: Callable[[Param], jax.sharding.Sharding] | None = None) -> AndesVL:
-    """The tensors of a directory as the parameter tree in config.param_dtype.
+def read_params(
+    path: Path, config: AndesVLConfig, sharding: Callable[[Param], jax.sharding.Sharding] | None = None
+) -> tuple[AndesVL, Recipe | None]:
+    """The tensors of a directory as the parameter tree, floats in config.param_dtype; and the recipe of packed weights.
 
     All names, shapes and types are checked before any tensor is read. Tensors are mapped from their files, cast and laid out
     block by block straight into their place, so memory holds the result and the pages of one tensor; each shard of
@@ -30,13 +34,23 @@ def read_params(path: Path, config: AndesVLConfig, sharding: Callable[[Param], j
     Raises:
       UserError: a file that is damaged, or tensors that are missing, unknown, there twice, or of wrong shape or type.
     """
-    found = _list_tensors(path, config)
+    found, indexed, problems = stored_tensors(path)
+    by_path = {entry.path: entry for entry in entries(config)}
+    recipe = read_recipe(path) or recipe_of_tensors(found, {name: (e, e.param) for name, e in by_path.items()}, path)
+    description = describe(config, recipe)
+    flat, tree = jax.tree_util.tree_flatten_with_path(description, is_leaf=lambda x: is_param(x) or is_leaf(x))
+    described = {path_name(p): leaf for p, leaf in flat}
+    _check_tensors(path, config, found, indexed, problems, {name: (by_path[name], described[name]) for name in described})
     if config.text.tie_word_embeddings and TIED_HEAD in found:
         _check_tied_head(path, found[TIED_HEAD], found[EMBEDDING])
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(config.param_dtype))
-    leaves = {entry.path: _read_leaf(entry, found, dtype, sharding) for entry in entries(config)}
-    flat, tree = jax.tree_util.tree_flatten_with_path(describe(config), is_leaf=is_param)
-    return jax.tree.unflatten(tree, [leaves[path_name(p)] for p, _ in flat])
+
+    def read(name: str, leaf):
+        if isinstance(leaf, Packed):
+            return placed(read_packed(by_path[name], leaf, found, path), leaf, sharding)
+        return _read_leaf(by_path[name], found, dtype, sharding)
+
+    return tree.unflatten([read(name, leaf) for name, leaf in described.items()]), recipe
 
 
 def _read_leaf(entry: Entry, found: dict[str, Stored], dtype: np.dtype, sharding) -> jax.Array:
@@ -80,11 +94,19 @@ def stored_tensors(path: Path) -> tuple[dict[str, Stored], set[str], list[str]]:
     return found, set(index or ()) - set(found), problems
 
 
-def _list_tensors(path: Path, config: AndesVLConfig) -> dict[str, Stored]:
-    """Name -> tensor of all weight files. Raises one UserError that names everything that does not fit the configuration."""
-    found, indexed, problems = stored_tensors(path)
-    expected = hf_shapes(config)
-    missing = sorted(set(expected) - set(found) - ({TIED_HEAD} if config.text.tie_word_embeddings else set()))
+def _check_tensors(
+    path: Path, config: AndesVLConfig, found: dict[str, Stored], indexed: set[str], problems: list[str],
+    leaves: dict[str, tuple[Entry, Any]],
+) -> None:  # fmt: skip
+    """Raises one UserError that names everything that does not fit the configuration and the recipe."""
+    expected: dict[str, tuple[np.dtype | None, tuple[int, ...]]] = {}  # None: any float
+    for entry, leaf in leaves.values():
+        floats = {name: (None, shape) for name, shape in entry.shapes().items()}
+        expected |= packed_specs(entry, leaf) if isinstance(leaf, Packed) else floats
+    optional = set()
+    if config.text.tie_word_embeddings and EMBEDDING in expected:
+        expected[TIED_HEAD], optional = expected[EMBEDDING], {TIED_HEAD}
+    missing = sorted(set(expected) - set(found) - optional)
     unknown = sorted(set(found) - set(expected))
     absent = sorted(indexed - set(missing))
     if missing:
@@ -94,13 +116,16 @@ def _list_tensors(path: Path, config: AndesVLConfig) -> dict[str, Stored]:
     if absent:
         problems.append(f"{len(absent)} in the index and in no file ({', '.join(map(_printable, absent))})")
     for name in sorted(set(found) & set(expected)):
-        if found[name].shape != expected[name]:
-            problems.append(f"{name} has shape {list(found[name].shape)}, expected {list(expected[name])}")
-        if found[name].dtype not in FLOATS:
-            problems.append(f"{name} has type {found[name].dtype}, expected one of {', '.join(FLOATS)}")
+        dtype, shape = expected[name]
+        if found[name].shape != shape:
+            problems.append(f"{name} has shape {list(found[name].shape)}, expected {list(shape)}")
+        if dtype is None or name.endswith("_scale"):
+            if found[name].dtype not in FLOATS:
+                problems.append(f"{name} has type {found[name].dtype}, expected one of {', '.join(FLOATS)}")
+        elif INTEGERS.get(found[name].dtype) != dtype:
+            problems.append(f"{name} has type {found[name].dtype}, expected {dtype}")
     if problems:
         raise UserError(f"{path}: the tensors do not fit config.json: {'; '.join(problems)}.")
-    return found
 
 
 def _printable(name: str) -> str:

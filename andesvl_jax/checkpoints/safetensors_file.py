@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from andesvl_jax.checkpoints.json_file import MAX_JSON_BYTES, parse_json, write_json
-from andesvl_jax.checkpoints.stored import FLOATS, Stored, item_bytes
+from andesvl_jax.checkpoints.stored import FLOATS, INTEGERS, Stored, item_bytes
 from andesvl_jax.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -89,7 +89,7 @@ def write_tensors(directory: Path, specs: Mapping[str, Spec], tensors: Iterable[
 
 def _write_file(path: Path, specs: Mapping[str, Spec], tensors: Iterator[np.ndarray]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    names = {dtype: name for name, dtype in FLOATS.items()}
+    names = {dtype: name for name, dtype in (FLOATS | INTEGERS).items()}
     end = 0
     for name, (dtype, shape) in specs.items():
         first, end = end, end + math.prod(shape) * dtype.itemsize

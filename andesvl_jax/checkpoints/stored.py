@@ -12,15 +12,13 @@ from andesvl_jax.errors import UserError
 FLOATS = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
+INTEGERS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8)}  # codes of packed weights
 OTHER_BYTES = {
-    "I64": 8,
     "U64": 8,
-    "I32": 4,
     "U32": 4,
     "I16": 2,
     "U16": 2,
     "I8": 1,
-    "U8": 1,
     "BOOL": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
@@ -29,7 +27,8 @@ OTHER_BYTES = {
 
 def item_bytes(dtype: str) -> int | None:
     """Bytes of one element; None for a type this project does not know."""
-    return FLOATS[dtype].itemsize if dtype in FLOATS else OTHER_BYTES.get(dtype)
+    known = FLOATS | INTEGERS
+    return known[dtype].itemsize if dtype in known else OTHER_BYTES.get(dtype)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Stored:
         Raises:
           UserError: the file went away or shrank since it was checked.
         """
-        dtype = FLOATS[self.dtype]
+        dtype = (FLOATS | INTEGERS)[self.dtype]
         try:
             flat = np.memmap(self.file, dtype, "r", self.offset, (self.span // dtype.itemsize,))
         except (OSError, ValueError) as error:

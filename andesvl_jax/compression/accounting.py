@@ -126,8 +126,8 @@ def _part_bytes(tensors: dict[str, int], prefix: str) -> int:
 
 
 def _body_bytes(tensors: dict[str, int], config: AndesVLConfig) -> int:
-    body = [entry for entry in entries(config) if re.fullmatch(DECODER_MATRICES, entry.path)]
-    return sum(tensors.get(name, 0) for entry in body for name in entry.shapes())
+    names = {name for entry in entries(config) if re.fullmatch(DECODER_MATRICES, entry.path) for name in entry.shapes()}
+    return sum(size for name, size in tensors.items() if re.sub(r"\.weight_\w+$", ".weight", name) in names)
 
 
 def _picture(name: str, size: tuple[int, int], processor: ImageProcessor, kv_bytes: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from andesvl_jax.model.context import place_tokens
 from andesvl_jax.model.decoder import Decoder, decode, describe_decoder, embed_tokens
 from andesvl_jax.model.projector import Projector, describe_projector, project
 from andesvl_jax.model.vision import Vision, describe_vision, embed_patches, encode
-from andesvl_jax.weights import Leaf, Recipe, Streamed, is_leaf, represent, stream_matrix, stream_table
+from andesvl_jax.weights import Leaf, Packed, Recipe, Streamed, is_leaf, represent, stream_matrix, stream_table
 
 
 @struct.dataclass
@@ -90,15 +90,15 @@ def for_decoding(
 ) -> tuple[AndesVL, AndesVLConfig]:
     """Parameters and config in the form that decodes fastest on this backend.
 
-    On CPU the layers are unrolled (a scan would copy each one's weights) and the decoder's matrices and tables are `Streamed`,
-    as are 16-bit matrices of the other parts. Elsewhere both stay as they are. What is not laid out anew shares the memory of
-    `params`. The C++ kernels are built here, at the latest.
+    On CPU, unless some are packed, the layers are unrolled (a scan would copy each one's weights) and the decoder's matrices
+    and tables are `Streamed`, as are 16-bit matrices of the other parts. Elsewhere both stay as they are. What is not laid out
+    anew shares the memory of `params`. The C++ kernels are built here, at the latest.
 
     Args:
       dtype: of the decoder's matrices; None: their own.
       donate: frees the rest of the memory of `params` stack by stack; `params` is of no use after.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or has_packed(params):
         return params, config
     vision, projector, decoder = params.vision, params.projector, params.decoder
     compiled = cpu.available()
@@ -112,6 +112,15 @@ def for_decoding(
     layers = unroll(decoder.layers, functools.partial(stream, dtype=dtype))
     decoder = decoder.replace(embedding=table(decoder.embedding), layers=layers, head=table(decoder.head))
     return params.replace(vision=vision, projector=projector, decoder=decoder), config.replace(layer_loop="unroll")
+
+
+def has_packed(params) -> bool:
+    """Whether some weights are packed: XLA's CPU backend would decode all of an unrolled network at once, so it is scanned."""
+
+    def packed(w) -> bool:
+        return isinstance(w, Packed)
+
+    return any(map(packed, jax.tree.leaves(params, is_leaf=packed)))
 
 
 def _unrolled(layers, lay_out: Callable[[Leaf], Leaf], loop: str, donate: bool) -> tuple:

@@ -159,8 +159,15 @@ def _train(config: TrainConfig, out: Path, manager, resume, command: str, profil
 
 
 def _recipe(config: TrainConfig, start: Bundle | None) -> Recipe | None:
-    """Representation of the run's parameters: that of the base, and the new adapters."""
-    rules = config.adapters.rules
+    """Representation of the run's parameters: that of the base, and the new adapters.
+
+    Raises:
+      UserError: packed weights without adapters, which nothing could train.
+    """
+    base = None if start is None else start.recipe
+    if base is not None and not config.adapters.rules:
+        raise UserError(f"{config.init_from}: its weights are packed, which cannot be trained; set adapters.decoder to a rank.")
+    rules = (() if base is None else base.rules) + config.adapters.rules
     return Recipe(rules) if rules else None
 
 

@@ -15,14 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from andesvl_jax.config import AndesVLConfig
 from andesvl_jax.inputs.packing import Batch
-from andesvl_jax.model.andesvl import AndesVL, describe, unstack_layers
+from andesvl_jax.model.andesvl import AndesVL, describe, has_packed, unstack_layers
 from andesvl_jax.model.devices import compiled_for, target_platform
 from andesvl_jax.training.config import PARTS, Optimizer, TrainConfig
 from andesvl_jax.training.metrics import norms
 from andesvl_jax.training.objectives import CrossEntropy, Objective
 from andesvl_jax.training.optimizer import make_optimizer
 from andesvl_jax.training.sharding import gather, optimizer_shardings, param_shardings
-from andesvl_jax.weights import Adapt, Packed, Recipe, abstract, initialize, represent
+from andesvl_jax.weights import Adapt, Recipe, abstract, initialize, represent
 from andesvl_jax.weights.partition import Trainable, combine, partition, select
 
 
@@ -82,10 +82,8 @@ def loss_sums(
 
 
 def _for_training(params: AndesVL, config: AndesVLConfig) -> tuple[AndesVL, AndesVLConfig]:
-    """Layers unrolled on CPU, where a scanned step is slower (`andesvl bench train_step`), unless some are packed: XLA's CPU
-    backend would decode all of them at once."""
-    packed = any(isinstance(w, Packed) for w in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Packed)))
-    if target_platform() != "cpu" or packed:
+    """Layers unrolled on CPU, where a scanned step is slower (`andesvl bench train_step`), unless some are packed."""
+    if target_platform() != "cpu" or has_packed(params):
         return params, config
     return unstack_layers(params, config)
 
