@@ -273,8 +273,9 @@ def _compress(args) -> dict[str, Any]:
     from andesvl_jax.compression.compress import compress
 
     result = compress(args.model, args.recipe, args.out)
-    print(f"{args.out}: {result['bytes_on_disk']:,} bytes, {result['bpw_body']} bits a weight in the decoder's matrices, ", end="")
-    print(f"{result['bpw_all']} over all; {result['seconds']:.0f} s")
+    body, everything = result["bpw_body"], result["bpw_all"]
+    print(f"{args.out}: {result['bytes_on_disk']:,} bytes, {body} bits a weight in the decoder's matrices, ", end="")
+    print(f"{everything} over all; {result['seconds']:.0f} s")
     return result
 
 

@@ -38,8 +38,8 @@ from andesvl_jax.evaluation.report import loss_curve, results_table
 from andesvl_jax.evaluation.scorers import score
 from andesvl_jax.inputs.tokenizer import ADDED_TOKENS
 from andesvl_jax.training.config import load_config
-from andesvl_jax.training.metrics import environment, read_metrics
 from andesvl_jax.training.loop import train
+from andesvl_jax.training.metrics import environment, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("alignment", "joint", "multi-task", "print", "look-up", "sft")

@@ -36,8 +36,7 @@ def compress(model: str, recipe_file: str | os.PathLike, out: str | os.PathLike)
     Returns:
       {recipe, out, bytes_on_disk, bpw_body, bpw_all, seconds}, see `compression.accounting`.
     Raises:
-      UserError: a model that is packed already, a recipe that does not fit it, or a disk that refuses; what was in `out` before is
-        then untouched.
+      UserError: a model that is packed already, a recipe that does not fit it, or a disk that refuses; `out` is then untouched.
     """
     began = time.perf_counter()
     recipe = load_recipe(recipe_file)
