@@ -3,8 +3,8 @@
     python experiments/lora.py            # about 5 minutes; writes results/lora.json
     python experiments/lora.py --quick    # two steps, to see that it runs
 
-Draws 20 pictures of two shapes, each with a made-up name, writes them as a LLaVA file, asks nano for the names, trains adapters by
-configs/lora.py:nano with each seed, and asks again: about these pictures, and about the same things drawn smaller.
+Draws 20 pictures of two shapes, each with a made-up name, writes them as a LLaVA file, asks nano for the names, trains adapters
+by configs/lora.py:nano with each seed, and asks again: about these pictures, and about the same things drawn smaller.
 """
 
 import argparse
