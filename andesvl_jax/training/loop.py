@@ -147,8 +147,8 @@ def _train(config: TrainConfig, out: Path, manager, resume, command: str, profil
             before = metrics
     finish_checkpoints(manager)
 
-    settings = {"do_sample": False, "eos_token_id": [tokenizer.im_end_id]} if start is None else start.generation_config
-    bundle = Bundle(model, whole(state.params), tokenizer, processor, settings)
+    settings = {"do_sample": False, "eos_token_id": [tokenizer.im_end_id]}
+    bundle = Bundle(model, whole(state.params), tokenizer, processor, settings, None if start is None else start.recipe)
     if is_first():
         if config.adapters.rules:
             save_adapter(bundle.params, model, out / "adapter", base_name=str(config.init_from))
