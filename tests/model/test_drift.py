@@ -114,7 +114,7 @@ def patch(monkeypatch):
 
     monkeypatch.setattr(probe_lib, "_activations", anew(probe_lib._activations, static_argnums=1))
     monkeypatch.setattr(state_lib, "visual_tokens", anew(state_lib.visual_tokens, static_argnums=1))
-    monkeypatch.setattr(state_lib, "prefill", anew(state_lib.prefill, static_argnums=(1, 6)))
+    monkeypatch.setattr(state_lib, "prefill", anew(state_lib.prefill, static_argnums=(1, 6, 7)))
     monkeypatch.setattr(state_lib, "decode_until", anew(state_lib.decode_until, static_argnums=1))
     return monkeypatch
 

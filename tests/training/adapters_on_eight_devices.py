@@ -47,4 +47,5 @@ def both(base_rules: tuple) -> dict:
     return found | {"adapter_bytes": sum(x.nbytes for x in jax.tree.leaves(trained))}
 
 
-print(json.dumps({"dense": both(()), "packed": both((Rule(ALL_MATRICES, Quantize(Int4(8))),))}))
+BASES = {"dense": (), "packed": (Rule(ALL_MATRICES, Quantize(Int4(8))),)}
+print(json.dumps(both(BASES[sys.argv[1]])))

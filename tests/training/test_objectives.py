@@ -128,20 +128,15 @@ def test_a_run_of_micro_batches_resumes_bitwise(tiny_run, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_run_distils_a_teacher_and_resumes_bitwise(tiny_run, tmp_path):
+def test_a_run_distils_a_teacher_that_fits(tiny_run, tmp_path):
     teacher = train(dataclasses.replace(tiny_run, seed=3), tmp_path / "teacher")
     distilled = Distillation(str(tmp_path / "teacher" / "model"), temperature=TEMPERATURE, mix=MIX)
     config = dataclasses.replace(tiny_run, objective=distilled)
-    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "whole")
     lines = read_metrics(tmp_path / "whole")
     assert lines[-1]["kl"] < lines[0]["kl"]
     for line in lines:
         assert line["loss"] == pytest.approx((1 - MIX) * line["cross_entropy"] + MIX * TEMPERATURE**2 * line["kl"], rel=1e-4)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
-    cut = train(config, tmp_path / "cut", resume=True)
-    for a, b in zip(jax.tree.leaves(cut.params), jax.tree.leaves(whole.params), strict=True):
-        np.testing.assert_array_equal(a, b)
     text = dataclasses.replace(teacher.config.text, vocab_size=1060)
     other = teacher.config.replace(text=text)
     save(dataclasses.replace(teacher, config=other, params=tiny_params(other)), tmp_path / "other")
